@@ -1,0 +1,3 @@
+from rl_backspace.cli import entry
+
+entry()

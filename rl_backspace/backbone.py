@@ -1,0 +1,216 @@
+"""What the engine needs of a stock causal LM: backbone and head apart, and a KV cache that can rewind.
+
+A delete moves a row's write pointer back; the slots behind it are overwritten in place. That is exact for
+full attention over stored keys and values, and for nothing else: `check` says why another model is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from rl_backspace.errors import UserError
+
+MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
+
+
+class PointerLayer(CacheLayerMixin):
+    """One layer's keys and values, each row with a write pointer of its own.
+
+    keys, values: (rows, heads, capacity, head_dim). Before each decode step `rows` and `pointers` say which
+    rows are fed and where each writes; attention sees the first `length` entries, masked by the caller.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.rows: Tensor | None = None
+        self.pointers: Tensor | None = None
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys[self.rows, :, self.pointers] = key_states[:, :, 0]
+        self.values[self.rows, :, self.pointers] = value_states[:, :, 0]
+        rows = key_states.shape[0]
+        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class PointerCache(Cache):
+    """A cache of `PointerLayer`s for `rows` sequences of up to `capacity` tokens, shaped like `like`'s layers."""
+
+    def __init__(self, like: DynamicCache, rows: int, capacity: int):
+        def buffer(states: Tensor) -> Tensor:
+            return states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
+
+        super().__init__(layers=[PointerLayer(buffer(layer.keys), buffer(layer.values)) for layer in like.layers])
+
+    def fill(self, first: int, prefilled: DynamicCache, source: Tensor) -> None:
+        """Copy prompts into rows first, first+1, ...: `source[i]` is the prefilled row that row first+i takes."""
+        for layer, full in zip(self.layers, prefilled.layers, strict=True):
+            length = full.keys.shape[2]
+            layer.keys[first : first + len(source), :, :length] = full.keys[source]
+            layer.values[first : first + len(source), :, :length] = full.values[source]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy one row's first `length` entries over another row."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def point(self, pointers: Tensor, length: int) -> None:
+        """Feed rows 0..len(pointers)-1 next, row i writing at `pointers[i]`; attention sees `length` entries."""
+        rows = torch.arange(len(pointers), device=pointers.device)
+        for layer in self.layers:
+            layer.rows, layer.pointers, layer.length = rows, pointers, length
+
+
+class Backbone:
+    """A stock causal LM, plain or wrapped by PEFT, as two functions: tokens -> hidden, hidden -> logits."""
+
+    def __init__(self, model: nn.Module):
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(causal, PreTrainedModel):
+            raise UserError(f"the policy is a {type(causal).__name__}; expected a transformers causal language model")
+        self.causal = causal
+        self.config = causal.config.get_text_config()
+        self.body: nn.Module = causal.base_model
+        _refuse_by_config(causal)
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest context in tokens that the model was made for; 2**31 when its config does not say."""
+        limits = [getattr(self.config, "max_position_embeddings", None)]
+        if getattr(self.config, "sliding_window", None) and _slides(self.config):
+            limits.append(self.config.sliding_window)
+        return min([limit for limit in limits if limit], default=2**31)
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
+        """Hidden states (B, P, H) and keys/values of right-padded prompts (B, P)."""
+        cache = DynamicCache()  # without the config, so that no layer drops what lies before its window
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state, cache
+
+    def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
+        """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
+        length = int(pointers.max()) + 1
+        cache.point(pointers, length)
+        mask = torch.arange(length, device=ids.device) <= pointers[:, None]
+        out = self.body(
+            input_ids=ids[:, None],
+            attention_mask=self.attention_mask(mask[:, None, None]),
+            position_ids=pointers[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits (n, V) of hidden states (n, H), with the scalings that stock models apply."""
+        logits = self.causal.get_output_embeddings()(hidden).float()
+        logits = logits * _logit_scale(self.config)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def attention_mask(self, allowed: Tensor) -> Tensor:
+        """A boolean mask (True: may attend) in the form that the model's attention takes."""
+        return attention_mask(self.causal, allowed)
+
+    def forward_kwargs(self) -> dict[str, bool]:
+        return {"use_cache": False}
+
+
+def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+    """A boolean 4D mask (True: may attend) as the model's attention takes it.
+
+    sdpa takes booleans; eager adds the mask to its scores, where a boolean would be silently wrong.
+    """
+    if model.config._attn_implementation != "eager":
+        return allowed
+    floats = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+    return floats.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+
+
+def check(backbone: Backbone) -> None:
+    """Refuse, with the reason, a model whose cache cannot rewind exactly.
+
+    Types three tokens, rewinds two, types another and compares with the same context computed from
+    scratch by the model's own forward. Costs a few single-token forward passes.
+
+    Raises:
+        UserError: the two differ, or the model cannot be driven this way at all.
+    """
+    name = type(backbone.causal).__name__
+    vocab = backbone.config.vocab_size
+    ids = (torch.arange(1, 7, device=backbone.device) * 7919) % vocab
+    was_training = backbone.causal.training
+    backbone.causal.eval()
+    try:
+        with torch.no_grad():
+            _, prefilled = backbone.prefill(ids[None, :2])
+            cache = PointerCache(prefilled, rows=1, capacity=5)
+            cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
+            for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
+                hidden = backbone.decode(token[None], torch.tensor([position], device=ids.device), cache)
+            rewound = backbone.logits(hidden)[0]
+            expected = backbone.causal(input_ids=ids[None, [0, 1, 2, 5]]).logits[0, -1].float()
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} cannot be driven with a rewinding cache: {reason}") from error
+    finally:
+        backbone.causal.train(was_training)
+    gap = (rewound - expected).abs().max().item()
+    allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
+    if not gap <= allowed * max(1.0, expected.abs().max().item()):
+        raise UserError(f"{name} cannot rewind: after a delete its logits are off by {gap:.2g}; use a full-attention model")
+
+
+def _refuse_by_config(causal: PreTrainedModel) -> None:
+    config, name = causal.config.get_text_config(), type(causal).__name__
+    if causal.config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder; deleting needs a decoder-only causal language model")
+    state = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if state:
+        raise UserError(f"{name} cannot rewind: its {', '.join(sorted(state))} layers keep a state that has no past")
+    if getattr(causal, "_is_stateful", False):
+        raise UserError(f"{name} cannot rewind: it is recurrent, so its state has no past to go back to")
+    if config._attn_implementation not in MASKED_ATTENTION:
+        raise UserError(
+            f"{name} uses attention {config._attn_implementation!r}; deleting needs one of {', '.join(MASKED_ATTENTION)}: "
+            "load it with attn_implementation='sdpa'"
+        )
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    return types is None or "sliding_attention" in types
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor on the logits: Cohere multiplies, Granite divides, Falcon-H1 names it differently."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    divisor = getattr(config, "logits_scaling", None)
+    return 1.0 / divisor if divisor else 1.0

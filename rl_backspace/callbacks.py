@@ -1,0 +1,67 @@
+"""What happens around a training step: progress, metrics on disk, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rl_backspace.folder import RunFolder
+
+SHOWN = {"loss": "loss", "reward": "reward", "accuracy": "accuracy", "deletes_per_answer": "deletes"}
+
+
+class Progress(TrainerCallback):
+    """A bar with reward, accuracy, deletes per answer and the time left; the same numbers in metrics.jsonl."""
+
+    def __init__(self, phase: str, folder: RunFolder):
+        self.phase, self.folder = phase, folder
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.phase, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        shown = {label: f"{logs[key]:.3f}" for key, label in SHOWN.items() if isinstance(logs.get(key), float)}
+        if "reward" in logs:
+            shown.pop("loss", None)
+        if shown and self.bar is not None:
+            self.bar.set_postfix(shown)
+        self.folder.metrics(self.phase, state.global_step, logs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.close()
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C lets the current step end, so that what is kept is whole; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step; once more to stop at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.asked:
+            control.should_training_stop = True

@@ -1,0 +1,177 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rl_backspace.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Language models that can take it back: teach one when to press delete.",
+)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="an experiment file, such as experiments/arith.yaml")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a folder that `train` wrote")]
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    context: typer.Context,
+    config: ConfigPath,
+    out: Annotated[Path | None, typer.Option(help="the run folder; default: runs/<name>")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the resolved config, stop")] = False,
+) -> None:
+    """Teach a model to delete: correction warm-up, then RL.
+
+    Any key of the file can be set here: trainer.learning_rate=1e-4 or --reward.delete_cost.weight=0.1
+    """
+    from rl_backspace.config import dump, override, parse, read_yaml
+
+    content = read_yaml(config)
+    override(content, context.args)
+    parsed = parse(content)
+    folder = out or Path("runs") / parsed.name
+    from rl_backspace.run import prepare
+    from rl_backspace.run import train as run
+
+    experiment = prepare(parsed, folder)
+    if dry_run:
+        typer.echo(dump(parsed), nl=False)
+        typer.echo(f"# ok: would write {folder}", err=True)
+        return
+    try:
+        run(experiment, folder)
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted: the adapter as it was is in {folder / 'adapter'}, its metrics beside it", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    rows: Annotated[int | None, typer.Option(help="test prompts, at most; default: as in the run's config")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the sampling; default: the run's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Accuracy of a trained run on its test prompts, token allowed and blocked, sampled and greedy."""
+    import json
+
+    from rl_backspace.display import console, results_table
+    from rl_backspace.evaluate import evaluate as measure
+
+    config, task, policy, budget = _open(run)
+    test = task.test[: rows or config.evaluation.rows]
+    results = measure(policy, task, test, budget, config.seed if seed is None else seed)
+    if as_json:
+        typer.echo(json.dumps(results))
+    else:
+        console.print(results_table({str(run): results}))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompts: Annotated[list[str] | None, typer.Argument(help="default: three of the task's test prompts")] = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    delay: Annotated[float, typer.Option(help="seconds between actions in a terminal")] = 0.15,
+) -> None:
+    """Print a trace as it happens: typing, striking out, retyping."""
+    import time
+
+    import torch
+    from rich.live import Live
+
+    from rl_backspace.display import console, strike
+    from rl_backspace.engine import Engine, Sampling
+
+    if temperature < 0:
+        raise UserError(f"--temperature: got {temperature}; expected 0 (greedy) or more")
+    _, task, policy, budget = _open(run)
+    texts = prompts or [row["prompt"] for row in task.test[:3]]
+    engine = Engine(policy.model, policy.rules)
+    torch.manual_seed(seed)
+    for text, ids in zip(texts, policy.encode(texts), strict=True):
+        actions: list[int] = []
+
+        with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+
+            def show(_: int, action: int, text: Any = text, actions: list[int] = actions, live: Any = live) -> None:
+                actions.append(action)
+                if console.is_terminal:
+                    live.update(strike(actions, policy.tokenizer, policy.rules, before=f"{text} "), refresh=True)
+                    time.sleep(delay)
+
+            engine.run([ids], budget, Sampling(temperature), on_action=show)
+        if not console.is_terminal:
+            console.print(strike(actions, policy.tokenizer, policy.rules, before=f"{text} ", marks=True))
+
+
+@app.command()
+def pretrain(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(help="folder for the model; must not exist")],
+) -> None:
+    """Make a small base model from nothing, in the Hugging Face format."""
+    from rl_backspace.config import parse_pretrain, read_yaml
+    from rl_backspace.folder import refuse_existing
+
+    parsed = parse_pretrain(read_yaml(config))
+    refuse_existing(out)
+    from rl_backspace.pretrain import pretrain as run
+
+    run(parsed, out)
+
+
+def _open(run: Path) -> tuple[Any, Any, Any, Any]:
+    """Config, task, policy and budget of a finished run."""
+    from rl_backspace.folder import RunFolder
+    from rl_backspace.plugins import load_task
+    from rl_backspace.policy import load
+    from rl_backspace.run import action_budget
+
+    folder = RunFolder.open(run)
+    config = folder.config()
+    return config, load_task(config.task.model_dump(), config.seed), load(folder.adapter), action_budget(config)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code. A user's mistake is one line per problem and code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return _exit_code(app, arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        return 2
+
+
+def _exit_code(command: Callable[..., Any], arguments: list[str] | None) -> int:
+    import click
+
+    try:
+        return command(args=arguments, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        typer.echo("interrupted", err=True)
+        return 130
+    except click.exceptions.Exit as error:
+        return error.exit_code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

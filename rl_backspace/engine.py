@@ -1,0 +1,295 @@
+"""Batched rollouts with deletes: rows of different lengths, refilled as they finish.
+
+Each row is one rollout: a `semantics.Machine`, a row of the KV cache and the last hidden state of every
+context position. A delete moves the row back and samples again from a hidden state it already has, so
+forward passes are spent on tokens that enter the context and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rl_backspace.backbone import Backbone, PointerCache, check
+from rl_backspace.errors import UserError
+from rl_backspace.semantics import Budget, End, Machine, Rules
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How actions are drawn.
+
+    Args:
+        temperature: logits are divided by it before anything else; 0 is greedy.
+        top_k, top_p, min_p: truncation as in Hugging Face's `generate`, among the legal actions.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished rollout.
+
+    Attributes:
+        prompt, actions, visible: token ids.
+        logprobs: log-probability of each action among the legal ones, at the sampling temperature
+            (1 when greedy) and before truncation: what `scoring` recomputes.
+        end: why it ended.
+        deletes: how many actions were deletes.
+        forward_passes: positions the network was evaluated at to choose the actions, the prompt's last one
+            included: under `erase` the number of non-delete actions (plus one when the end is "stuck").
+    """
+
+    prompt: list[int]
+    actions: list[int]
+    visible: list[int]
+    logprobs: list[float]
+    end: End
+    deletes: int
+    forward_passes: int
+
+
+@dataclass
+class _Row:
+    index: int  # of the prompt, in the caller's order
+    prompt: list[int]
+    machine: Machine
+    logprobs: list[float]
+    forward_passes: int = 1
+
+    @property
+    def pointer(self) -> int:
+        return len(self.prompt) + len(self.machine.path)
+
+    def finish(self) -> Rollout:
+        machine = self.machine
+        assert machine.end is not None
+        return Rollout(
+            self.prompt, machine.trace, machine.visible, self.logprobs, machine.end, machine.deleted, self.forward_passes
+        )
+
+
+class Engine:
+    """Rolls out a policy.
+
+    Args:
+        model: a causal LM of transformers, plain or wrapped by PEFT.
+        rules: the delete semantics.
+        rows: how many rollouts run side by side; memory grows with it.
+
+    Raises:
+        UserError: the model's cache cannot rewind, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, rules: Rules, rows: int = 128):
+        self.backbone = Backbone(model)
+        self.rules = rules
+        self.rows = rows
+        check(self.backbone)
+
+    @torch.no_grad()
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budget: Budget,
+        sampling: Sampling = Sampling(),
+        generator: torch.Generator | None = None,
+        on_action: Callable[[int, int], None] | None = None,
+    ) -> list[Rollout]:
+        """Roll out every prompt (token ids, not empty) once; results in the prompts' order.
+
+        `on_action(prompt index, action)` is told of each action as it is chosen.
+
+        Raises:
+            UserError: a prompt is empty, or does not fit the model's context together with the budget.
+        """
+        done: list[Rollout | None] = [None] * len(prompts)
+        causal = self.backbone.causal
+        was_training = causal.training
+        causal.eval()
+        try:
+            for index, rollout in self._roll(prompts, budget, sampling, generator, on_action):
+                done[index] = rollout
+        finally:
+            causal.train(was_training)
+        return [rollout for rollout in done if rollout is not None]
+
+    def _roll(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budget: Budget,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        on_action: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[int, Rollout]]:
+        batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
+        waiting = [_Row(i, list(prompt), Machine(self.rules, budget), []) for i, prompt in enumerate(prompts)][::-1]
+        while waiting or batch.rows:
+            batch.admit(waiting)
+            feed = self._choose(batch, sampling, generator, on_action)
+            for index, row in batch.retire():
+                feed[index] = feed[len(batch.rows)]  # the last row took the finished one's place
+                yield row.index, row.finish()
+            batch.feed(feed[: len(batch.rows)])
+
+    def _choose(
+        self,
+        batch: _Batch,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        on_action: Callable[[int, int], None] | None,
+    ) -> list[int]:
+        """Let every row act until it has a token to feed or has ended; the tokens, 0 for ended rows."""
+        feed = [0] * len(batch.rows)
+        acting = list(range(len(batch.rows)))
+        while acting:
+            actions, logprobs = self._sample(batch, acting, sampling, generator)
+            again = []
+            for i, action, logprob in zip(acting, actions, logprobs, strict=True):
+                row = batch.rows[i]
+                if action < 0:
+                    row.machine.stop()
+                    continue
+                enters = row.machine.step(action)
+                row.logprobs.append(logprob)
+                if on_action:
+                    on_action(row.index, action)
+                if row.machine.end is not None:
+                    continue
+                if enters is None:
+                    again.append(i)
+                else:
+                    feed[i] = enters
+            acting = again
+        return feed
+
+    def _sample(
+        self, batch: _Batch, acting: list[int], sampling: Sampling, generator: torch.Generator | None
+    ) -> tuple[list[int], list[float]]:
+        """One action and its log-probability per acting row; action -1 where none is legal."""
+        logits = self.backbone.logits(batch.anchors(acting))
+        rows, tokens = [], []
+        for n, i in enumerate(acting):
+            illegal = batch.rows[i].machine.illegal()
+            rows += [n] * len(illegal)
+            tokens += illegal
+        if rows:
+            logits[rows, tokens] = -torch.inf
+        logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+        actions = draw(logprobs, sampling, generator)
+        chosen = logprobs.gather(1, actions[:, None])[:, 0]
+        actions = actions.masked_fill(~chosen.isfinite(), -1)  # a row of -inf is nan after the softmax
+        return actions.tolist(), chosen.tolist()
+
+    def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:
+        """Longest context in tokens that these prompts can grow to; raises UserError if the model has no room."""
+        longest = max(map(len, prompts), default=1)
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("a prompt has no tokens; expected at least one: add a beginning-of-sequence token")
+        answer = budget.most_actions if self.rules.memory == "keep" else min(budget.answer, budget.most_actions)
+        if self.rules.memory == "hint":
+            answer = min(2 * answer + 1, budget.most_actions)
+        capacity = longest + answer
+        if capacity > self.backbone.max_length:
+            raise UserError(
+                f"the longest prompt has {longest} tokens and its context may grow by {answer}, but the model's limit is "
+                f"{self.backbone.max_length}; shorten the prompts or the budget"
+            )
+        return capacity
+
+
+def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """Choose one action per row of log-probabilities (n, V); token ids (n,)."""
+    if sampling.temperature == 0:
+        return logprobs.argmax(-1)
+    logprobs = _truncate(logprobs, sampling)
+    noise = torch.empty_like(logprobs).exponential_(generator=generator)
+    return (logprobs - noise.clamp_min(1e-30).log()).nan_to_num(nan=-torch.inf).argmax(-1)  # Gumbel-max
+
+
+def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.top_k > 0:
+        kth = logprobs.topk(min(sampling.top_k, logprobs.shape[-1])).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logprobs.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        logprobs = logprobs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    if sampling.min_p > 0:
+        floor = logprobs.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log().item()
+        logprobs = logprobs.masked_fill(logprobs < floor, -torch.inf)
+    return logprobs
+
+
+class _Batch:
+    """The rows that run now: always the first `len(rows)` rows of every buffer."""
+
+    def __init__(self, backbone: Backbone, size: int, capacity: int):
+        self.backbone, self.size, self.capacity = backbone, size, capacity
+        self.rows: list[_Row] = []
+        self.cache: PointerCache | None = None
+        self.hidden: Tensor | None = None  # (size, capacity, H): the hidden state at every context position
+
+    def admit(self, waiting: list[_Row]) -> None:
+        """Move waiting rows into free places; each distinct prompt is computed once."""
+        room = self.size - len(self.rows)
+        if not waiting or room < min(len(waiting), max(1, self.size // 8)):
+            return
+        new = [waiting.pop() for _ in range(min(room, len(waiting)))]
+        distinct: dict[tuple[int, ...], int] = {}
+        source = torch.tensor([distinct.setdefault(tuple(row.prompt), len(distinct)) for row in new])
+        source = source.to(self.backbone.device)
+        ids = torch.zeros(len(distinct), max(map(len, distinct)), dtype=torch.long)
+        for n, prompt in enumerate(distinct):
+            ids[n, : len(prompt)] = torch.tensor(prompt)
+        hidden, prefilled = self.backbone.prefill(ids.to(self.backbone.device))
+        if self.cache is None or self.hidden is None:
+            self.cache = PointerCache(prefilled, self.size, self.capacity)
+            self.hidden = hidden.new_zeros(self.size, self.capacity, hidden.shape[-1])
+        first = len(self.rows)
+        self.cache.fill(first, prefilled, source)
+        last = torch.tensor([len(row.prompt) - 1 for row in new], device=hidden.device)
+        self.hidden[torch.arange(first, first + len(new), device=hidden.device), last] = hidden[source, last]
+        self.rows += new
+
+    def anchors(self, indices: list[int]) -> Tensor:
+        """The hidden states (n, H) that choose the next action of these rows."""
+        assert self.hidden is not None
+        pointers = torch.tensor([self.rows[i].pointer - 1 for i in indices], device=self.hidden.device)
+        return self.hidden[torch.tensor(indices, device=self.hidden.device), pointers]
+
+    def retire(self) -> Iterator[tuple[int, _Row]]:
+        """Take the finished rows out, from the last to the first; the last row moves into each gap."""
+        assert self.cache is not None and self.hidden is not None
+        for index in reversed(range(len(self.rows))):
+            row = self.rows[index]
+            if row.machine.end is None:
+                continue
+            last = self.rows.pop()
+            if last is not row:
+                self.rows[index] = last
+                self.cache.move(len(self.rows), index, last.pointer)
+                self.hidden[index, : last.pointer] = self.hidden[len(self.rows), : last.pointer]
+            yield index, row
+
+    def feed(self, tokens: list[int]) -> None:
+        """One forward pass: the token that each row's last action put into its context."""
+        if not tokens:
+            return
+        assert self.cache is not None and self.hidden is not None
+        device = self.hidden.device
+        pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
+        hidden = self.backbone.decode(torch.tensor(tokens, device=device), pointers, self.cache)
+        self.hidden[torch.arange(len(tokens), device=device), pointers] = hidden
+        for row in self.rows:
+            row.forward_passes += 1

@@ -1,0 +1,118 @@
+"""The run folder: everything a run leaves behind, written as it happens.
+
+    config.yaml       the resolved config            metrics.jsonl   one line per logged step
+    versions.json     packages, machine, seed        traces.jsonl    a sample of rollouts of each step
+    adapter/          adapter, tokenizer, semantics  summary.json    before and after, and the run's counts
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rl_backspace.config import Config, dump, parse, read_yaml
+from rl_backspace.errors import UserError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "wandb", "numpy")
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = path
+        self.adapter = path / "adapter"
+        self.mirror: Any = None  # a wandb run that gets every metric too
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunFolder:
+        """A new run folder with its config and versions.
+
+        Raises:
+            UserError: the folder holds something already, or cannot be written.
+        """
+        refuse_existing(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.yaml").write_text(dump(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the run folder: {error.strerror}; choose another with --out") from error
+        folder = cls(path)
+        versions = {name: version(name) for name in PACKAGES}
+        machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+        folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A finished run.
+
+        Raises:
+            UserError: there is no run here, or it has no adapter yet.
+        """
+        for needed in ("config.yaml", "adapter/adapter_config.json"):
+            if not (path / needed).exists():
+                raise UserError(f"{path}: no finished run here ({needed} is missing); give a folder that `train` wrote")
+        return cls(path)
+
+    def config(self) -> Config:
+        return parse(read_yaml(self.path / "config.yaml"))
+
+    def metrics(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; wandb gets the same under `phase/`."""
+        self._append("metrics.jsonl", {"phase": phase, "step": step, **values})
+        if self.mirror is not None:
+            self.mirror.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+            self.mirror.log({f"{phase}/{key}": value for key, value in {"step": step, **values}.items()})
+
+    def trace(self, record: Mapping[str, Any]) -> None:
+        """Append one line to traces.jsonl."""
+        self._append("traces.jsonl", record)
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        self._write("summary.json", summary)
+        if self.mirror is not None:
+            self.mirror.summary.update(summary)
+
+    @contextlib.contextmanager
+    def mirrored(self, config: Config) -> Iterator[None]:
+        """Log to wandb too while this lasts, if the config asks for it."""
+        if config.wandb is None:
+            yield
+            return
+        import wandb
+
+        settings = config.wandb.model_dump()
+        try:
+            self.mirror = wandb.init(name=config.name, config=config.model_dump(), dir=self.path, **settings)
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb: {str(error).splitlines()[0]}; set wandb.mode to offline to do without") from error
+        try:
+            yield
+        finally:
+            self.mirror.finish()
+            self.mirror = None
+
+    def _append(self, file: str, record: Mapping[str, Any]) -> None:
+        with open(self.path / file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def _write(self, file: str, content: Mapping[str, Any]) -> None:
+        """All or nothing, so that a crash leaves no half file."""
+        temporary = self.path / f".{file}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / file)
+
+
+def refuse_existing(path: Path) -> None:
+    """Nothing is ever overwritten.
+
+    Raises:
+        UserError: the path is a file, or a folder that is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already there and not empty; choose another folder with --out, or another name")

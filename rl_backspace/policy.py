@@ -1,0 +1,205 @@
+"""A policy: a stock model with a delete token and a LoRA adapter, and the folder it is saved in.
+
+The adapter folder holds PEFT's adapter, the tokenizer with the delete token in it, and `delete.json`: the
+semantics the adapter was trained with, without which its tokens mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_backspace.config import Delete, Lora
+from rl_backspace.errors import UserError
+from rl_backspace.semantics import Rules, Unit
+
+EMBEDDED = Path(__file__).parent / "models"
+SEMANTICS_FILE = "delete.json"
+
+
+@dataclass
+class Policy:
+    """A model that can delete.
+
+    Attributes:
+        model: a PeftModel (or a plain model, for a base without an adapter).
+        tokenizer: with the delete tokens in its vocabulary.
+        rules: what they do.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    rules: Rules
+
+    def encode(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts: text, or lists of chat messages."""
+        if prompts and isinstance(prompts[0], list):
+            return self.tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        return self.tokenizer(text=prompts)["input_ids"]
+
+    def text(self, visible: list[int]) -> str:
+        """The text that a user reads."""
+        return self.tokenizer.decode(visible, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+        self.tokenizer.save_pretrained(folder)
+        (folder / SEMANTICS_FILE).write_text(json.dumps(_to_json(self.rules, self.tokenizer), indent=2) + "\n")
+
+
+def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An embedded model by name, or any causal LM by hub id or local path; float32 unless saved otherwise.
+
+    Raises:
+        UserError: it cannot be found or is no causal language model.
+    """
+    embedded = EMBEDDED / model
+    source = str(embedded) if (embedded / "config.json").exists() else model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        base = AutoModelForCausalLM.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())) if EMBEDDED.exists() else ""
+        raise UserError(
+            f"model: {model!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
+            f"give an embedded model ({known}), a hub id or a local path"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return base, tokenizer
+
+
+def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
+    """A fresh policy: the base model, its delete tokens and an untrained adapter.
+
+    Raises:
+        UserError: no such model, no spare row for a delete token, or a LoRA that scoring cannot see.
+    """
+    import peft
+
+    base, tokenizer = load_base(model)
+    torch.manual_seed(seed)
+    ids = {text: _add_token(text, base, tokenizer) for text in delete.tokens}
+    rules = Rules(
+        deletes={ids[text]: unit for text, unit in delete.tokens.items()},
+        eos=_eos(base, tokenizer),
+        memory=delete.memory,
+        retry=delete.retry,
+        boundaries=_boundaries(tokenizer, delete.boundary) if "line" in delete.tokens.values() else frozenset(),
+    )
+    if lora.target_modules != "all-linear" and any(name.endswith("lm_head") for name in _as_list(lora.target_modules)):
+        raise UserError("lora.target_modules: lm_head cannot carry LoRA; the delete token's own row is trained already")
+    rows = sorted(rules.deletes)
+    adapter = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+        trainable_token_indices=_token_layers(base, rows),
+    )
+    try:
+        wrapped = peft.get_peft_model(base, adapter)
+    except ValueError as error:
+        raise UserError(f"lora: {str(error).splitlines()[0]}") from error
+    return Policy(wrapped, tokenizer, rules)
+
+
+def load(folder: Path, trainable: bool = False) -> Policy:
+    """A saved policy: its base model with the adapter on it.
+
+    Raises:
+        UserError: the folder is not an adapter of this project, or its base cannot be loaded.
+    """
+    import peft
+
+    try:
+        saved = json.loads((folder / SEMANTICS_FILE).read_text())
+        base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{folder}: no adapter of rl-backspace here ({error}); expected RUN/adapter") from error
+    base, _ = load_base(saved.get("model", base_name))
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    return Policy(model, tokenizer, _from_json(saved, tokenizer))
+
+
+def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a delete token: one that the vocabulary has already, or a spare row of the embedding."""
+    known = tokenizer.get_vocab().get(text)
+    if known is not None:
+        return known
+    rows = base.get_input_embeddings().weight.shape[0]
+    spare = max(tokenizer.get_vocab().values()) + 1
+    if spare >= rows:
+        raise UserError(
+            f"delete.tokens: no spare row for {text!r}: the tokenizer uses all {rows} rows of the embedding; "
+            "name a token that it has and does not need, such as a reserved one"
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
+    index = tokenizer.convert_tokens_to_ids(text)
+    if not isinstance(index, int) or index >= rows:
+        raise UserError(f"delete.tokens: {text!r} became row {index} of an embedding with {rows} rows")
+    with torch.no_grad():
+        for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+            used = embedding.weight[:spare].float()  # a fresh row: the mean of the used ones, and noise
+            noise = torch.randn(used.shape[1], device=used.device) * used.std(0) * 0.1
+            embedding.weight[index] = (used.mean(0) + noise).to(embedding.weight.dtype)
+            if base.config.get_text_config().tie_word_embeddings:
+                break
+    return index
+
+
+def _token_layers(base: PreTrainedModel, rows: list[int]) -> Any:
+    """Which embedding rows PEFT trains; untied models need the output's row named too, else it stays frozen."""
+    if base.config.get_text_config().tie_word_embeddings:
+        return rows
+    names = {id(module): name.rpartition(".")[2] for name, module in base.named_modules()}
+    return {names[id(base.get_input_embeddings())]: rows, names[id(base.get_output_embeddings())]: rows}
+
+
+def _eos(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    listed = base.generation_config.eos_token_id if base.generation_config is not None else None
+    return frozenset([tokenizer.eos_token_id, *(_as_list(listed) if listed is not None else [])])
+
+
+def _boundaries(tokenizer: PreTrainedTokenizerBase, text: str) -> frozenset[int]:
+    """Every token whose text ends with the boundary."""
+    found = frozenset(i for i in range(len(tokenizer)) if tokenizer.decode([i]).endswith(text))
+    if not found:
+        raise UserError(f"delete.boundary: no token of this tokenizer ends with {text!r}; a 'line' could never end")
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _to_json(rules: Rules, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        "tokens": {tokenizer.convert_ids_to_tokens(index): unit for index, unit in rules.deletes.items()},
+        "memory": rules.memory,
+        "retry": rules.retry,
+        "boundaries": sorted(rules.boundaries),
+        "eos": sorted(rules.eos),
+    }
+
+
+def _from_json(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rules:
+    vocabulary = tokenizer.get_vocab()
+    deletes: dict[int, Unit] = {}
+    for text, unit in saved["tokens"].items():
+        if text not in vocabulary:
+            raise UserError(f"the tokenizer beside the adapter has no token {text!r}; it belongs to another adapter")
+        deletes[vocabulary[text]] = unit
+    return Rules(deletes, frozenset(saved["eos"]), saved["memory"], saved["retry"], frozenset(saved["boundaries"]))

@@ -1,0 +1,73 @@
+"""What every task is, and the split that keeps its test rows out of all training."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rl_backspace.errors import UserError
+
+Row = dict[str, Any]
+"""One example: the columns `prompt` and `answer` (str) and whatever else the task's checker reads."""
+
+
+def _equals_reference(row: Row, text: str) -> bool:
+    return text.strip() == row["answer"].strip()
+
+
+def _starts_reference(row: Row, text: str) -> bool:
+    return row["answer"].startswith(text)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with reference answers, and what counts as right.
+
+    Attributes:
+        train, test: rows, disjoint in their prompts.
+        correct: (row, visible text) -> whether it is a right answer. Default: equal to the reference.
+        alive: (row, visible text) -> whether the text can still become a right answer. Where only the
+            reference is known (the default), the first deviation from it is the error.
+    """
+
+    train: list[Row]
+    test: list[Row]
+    correct: Callable[[Row, str], bool] = _equals_reference
+    alive: Callable[[Row, str], bool] = _starts_reference
+
+
+def split_of(prompt: str) -> str:
+    """`test` for one prompt in ten, by its hash: the same for every seed, so that no base model,
+    warm-up or RL run ever trains on a prompt that another one tests on."""
+    return "test" if hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % 10 == 0 else "train"
+
+
+def generate(draw: Callable[[random.Random], Row], train: int, test: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draw distinct prompts until both splits are full.
+
+    Raises:
+        UserError: the task has too few distinct prompts.
+    """
+    wanted = {"train": train, "test": test}
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    seen: set[str] = set()
+    rng = random.Random(seed)
+    misses = 0
+    while any(len(rows[split]) < wanted[split] for split in rows):
+        row = draw(rng)
+        split = split_of(row["prompt"])
+        if row["prompt"] in seen or len(rows[split]) >= wanted[split]:
+            misses += 1
+            if misses > 50 * (train + test) + 10_000:
+                found = ", ".join(f"{len(rows[split])} {split}" for split in rows)
+                raise UserError(
+                    f"the task has too few distinct prompts: found {found}, wanted {train} train and {test} test; "
+                    "ask for fewer rows or for larger problems"
+                )
+            continue
+        seen.add(row["prompt"])
+        rows[split].append(row)
+    return rows["train"], rows["test"]

@@ -1,0 +1,103 @@
+"""Reward terms: the functions that YAML names, wrapped so that a bad one is named and stopped.
+
+`rewards/` holds the bundled functions; this is the seam between them and TRL, which calls a term like any of
+its own reward functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rl_backspace.config import Reward
+from rl_backspace.errors import UserError
+from rl_backspace.plugins import bind, resolve
+from rl_backspace.semantics import Rules
+from rl_backspace.tasks import Task
+
+Term = Callable[..., Any]
+
+
+def load_terms(rewards: Mapping[str, Reward], task: Task, rules: Rules) -> tuple[list[Term], list[float]]:
+    """The terms and their weights, in the file's order. A function that asks for `task` or `rules` gets them.
+
+    Raises:
+        UserError: every function that cannot be loaded or does not take its kwargs, a line each.
+    """
+    terms, problems = [], []
+    for name, reward in rewards.items():
+        where = f"rewards.{name}"
+        try:
+            function = resolve(reward.fn, f"{where}.fn", bundled="rl_backspace.rewards")
+            bind(function, reward.kwargs, f"{where}.kwargs")
+            terms.append(make_term(name, function, reward, {"task": task, "rules": rules}))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return terms, [reward.weight for reward in rewards.values()]
+
+
+def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: Mapping[str, Any]) -> Term:
+    """A function in TRL's signature, called `name`, sync or async as the plug-in is."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+        everything = {**shared, **inputs, **reward.kwargs}
+        return everything if takes_all else {key: value for key, value in everything.items() if key in parameters}
+
+    def checked(values: Any, inputs: dict[str, Any]) -> list[float | None]:
+        return _checked(values, len(inputs["completions"]), name, reward.fn)
+
+    if is_async_callable(function):
+
+        async def term(**inputs: Any) -> list[float | None]:
+            try:
+                values = await function(**arguments(inputs))
+            except Exception as error:
+                raise _raised(name, reward.fn, error) from error
+            return checked(values, inputs)
+    else:
+
+        def term(**inputs: Any) -> list[float | None]:  # type: ignore[misc]
+            try:
+                values = function(**arguments(inputs))
+            except Exception as error:
+                raise _raised(name, reward.fn, error) from error
+            return checked(values, inputs)
+
+    term.__name__ = name
+    return term
+
+
+def is_async_callable(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine: an async function, or an object whose `__call__` is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+def _raised(name: str, fn: str, error: Exception) -> UserError:
+    return UserError(f"rewards.{name}: {fn} raised {type(error).__name__}: {error}")
+
+
+def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | None]:
+    """The plug-in's values, once they are a list of numbers or None of the right length."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise UserError(f"rewards.{name}: {fn} returned a {type(values).__name__}; expected a list of numbers") from None
+    if len(values) != expected:
+        raise UserError(f"rewards.{name}: {fn} returned {len(values)} rewards for {expected} completions; give one for each")
+    checked: list[float | None] = []
+    for row, value in enumerate(values):
+        if value is not None:
+            try:
+                value = float(value) if not isinstance(value, str) else math.nan
+            except (TypeError, ValueError):
+                value = math.nan
+            if not math.isfinite(value):
+                raise UserError(f"rewards.{name}: {fn} returned {values[row]!r} for row {row}; expected a finite number or None")
+        checked.append(value)
+    return checked

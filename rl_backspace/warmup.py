@@ -1,0 +1,116 @@
+"""Correction warm-up: supervised training on packed corrections, before any RL.
+
+RL never explores a fresh delete token (its probability is near zero), so the model first learns from
+corrections. Every action is scored by `scoring` in the very context that a rollout would choose it in.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rl_backspace.config import Config
+from rl_backspace.corrections import Correction, Corrector
+from rl_backspace.policy import Policy
+from rl_backspace.scoring import pack, score
+from rl_backspace.semantics import Budget
+from rl_backspace.tasks import Row, Task
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 64,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "bf16": False,
+    "save_strategy": "no",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+class Corrections(Dataset):
+    """`size` examples, each made afresh from its own seed: the same index gives the same example."""
+
+    def __init__(self, corrector: Corrector, rows: list[Row], prompts: list[list[int]], size: int, seed: int):
+        self.corrector, self.rows, self.prompts, self.size, self.seed = corrector, rows, prompts, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[list[int], Correction]:
+        rng = random.Random(f"{self.seed}/{index}")
+        chosen = rng.randrange(len(self.rows))
+        return self.prompts[chosen], self.corrector.make(self.rows[chosen], rng)
+
+
+class WarmupTrainer(Trainer):
+    """transformers' Trainer with the loss of corrections: the mean over the actions that are learned from."""
+
+    def __init__(self, policy: Policy, budget: Budget, args: TrainingArguments, dataset: Dataset, callbacks: list[TrainerCallback]):
+        self.rules, self.budget, self.pad = policy.rules, budget, policy.tokenizer.pad_token_id
+        super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
+        self.model_accepts_loss_kwargs = False
+
+    def collate(self, examples: list[tuple[list[int], Correction]]) -> dict[str, Tensor]:
+        """TRL's shapes: prompts padded on the left, traces on the right."""
+        before = max(len(prompt) for prompt, _ in examples)
+        after = max(len(correction.actions) for _, correction in examples)
+        ids = torch.full((len(examples), before + after), self.pad, dtype=torch.long)
+        real = torch.zeros_like(ids)
+        learn = torch.zeros(len(examples), after)
+        for i, (prompt, correction) in enumerate(examples):
+            columns = slice(before - len(prompt), before + len(correction.actions))
+            ids[i, columns] = torch.tensor(prompt + correction.actions)
+            real[i, columns] = 1
+            learn[i, : len(correction.actions)] = torch.tensor(correction.learn, dtype=torch.float)
+        return {"input_ids": ids, "attention_mask": real, "learn": learn}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        learn = inputs["learn"]
+        packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
+        logprobs, _ = score(model, packed)
+        loss = -logprobs[learn.bool()].mean()
+        return (loss, {}) if return_outputs else loss
+
+
+def make_corrector(policy: Policy, task: Task, budget: Budget, config: Config) -> Corrector:
+    """A corrector whose wrong tokens are those that the task's own answers are made of."""
+    eos = policy.tokenizer.eos_token_id
+
+    def gold(row: Row) -> list[int]:
+        return [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, eos]
+
+    alphabet = sorted({token for row in task.train[:2000] for token in gold(row)} - {eos})
+    return Corrector(
+        task,
+        policy.rules,
+        budget,
+        gold,
+        policy.text,
+        alphabet,
+        clean=config.warmup.clean,
+        errors=config.warmup.errors,
+        late=config.warmup.late,
+    )
+
+
+def warm_up(
+    policy: Policy, task: Task, budget: Budget, config: Config, folder: Path, callbacks: list[TrainerCallback]
+) -> None:
+    """Train `policy.model` in place for `config.warmup.steps` steps."""
+    fields = {**DEFAULTS, **config.warmup.trainer}
+    args = TrainingArguments(output_dir=str(folder), max_steps=config.warmup.steps, seed=config.seed, **fields)
+    size = config.warmup.steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    corrector = make_corrector(policy, task, budget, config)
+    prompts = policy.encode([row["prompt"] for row in task.train])
+    dataset = Corrections(corrector, task.train, prompts, size, config.seed)
+    trainer = WarmupTrainer(policy, budget, args, dataset, callbacks)
+    trainer.train()
