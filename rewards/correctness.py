@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def checked(completions: Sequence[Any], task: Any, rows: Sequence[dict[str, Any]], ends: Sequence[str], **_: Any) -> list[float]:
+def checked(
+    completions: Sequence[Any], task: Any, rows: Sequence[dict[str, Any]], ends: Sequence[str], **_: Any
+) -> list[float]:
     """1 when the task's own checker accepts a finished answer, else 0; where several answers are right, any."""
     return [
         float(end == "eos" and task.correct(row, _text(completion)))
@@ -27,7 +29,9 @@ def numeric(
 ) -> list[float | None]:
     """1 when a finished answer is a number within `tolerance` of the reference; None where that is no number."""
     return [
-        None if (expected := _number(reference)) is None else float(
+        None
+        if (expected := _number(reference)) is None
+        else float(
             end == "eos" and (got := _number(_text(completion))) is not None and abs(got - expected) <= tolerance
         )
         for completion, reference, end in zip(completions, answer, ends, strict=True)

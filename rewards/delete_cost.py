@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def flat(deletes: Sequence[int], trainer_state: Any = None, cost: float = 0.01, rise: float = 0.5, **_: Any) -> list[float]:
+def flat(
+    deletes: Sequence[int], trainer_state: Any = None, cost: float = 0.01, rise: float = 0.5, **_: Any
+) -> list[float]:
     """`-cost` for each press of a delete token.
 
     Args:

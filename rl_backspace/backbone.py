@@ -85,12 +85,10 @@ class Backbone:
     """A stock causal LM, plain or wrapped by PEFT, as two functions: tokens -> hidden, hidden -> logits."""
 
     def __init__(self, model: nn.Module):
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not isinstance(causal, PreTrainedModel):
-            raise UserError(f"the policy is a {type(causal).__name__}; expected a transformers causal language model")
+        causal = causal_lm(model)
         self.causal = causal
         self.config = causal.config.get_text_config()
-        self.body: nn.Module = causal.base_model
+        self.body = causal.base_model
         _refuse_by_config(causal)
 
     @property
@@ -119,7 +117,7 @@ class Backbone:
         mask = torch.arange(length, device=ids.device) <= pointers[:, None]
         out = self.body(
             input_ids=ids[:, None],
-            attention_mask=self.attention_mask(mask[:, None, None]),
+            attention_mask=attention_mask(self.causal, mask[:, None, None]),
             position_ids=pointers[:, None],
             past_key_values=cache,
             use_cache=True,
@@ -133,23 +131,28 @@ class Backbone:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def attention_mask(self, allowed: Tensor) -> Tensor:
-        """A boolean mask (True: may attend) in the form that the model's attention takes."""
-        return attention_mask(self.causal, allowed)
 
-    def forward_kwargs(self) -> dict[str, bool]:
-        return {"use_cache": False}
+def causal_lm(model: Any) -> Any:
+    """The stock causal LM inside wrappers: accelerate's or DDP's `module`, PEFT's `get_base_model`."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "module"):
+            model = model.module
+        else:
+            raise UserError(f"the policy is a {type(model).__name__}; expected a transformers causal language model")
+    return model
 
 
-def attention_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+def attention_mask(causal: Any, allowed: Tensor) -> Tensor:
     """A boolean 4D mask (True: may attend) as the model's attention takes it.
 
     sdpa takes booleans; eager adds the mask to its scores, where a boolean would be silently wrong.
     """
-    if model.config._attn_implementation != "eager":
+    if causal.config._attn_implementation != "eager":
         return allowed
-    floats = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
-    return floats.masked_fill_(~allowed, torch.finfo(model.dtype).min)
+    floats = torch.zeros(allowed.shape, dtype=causal.dtype, device=allowed.device)
+    return floats.masked_fill_(~allowed, torch.finfo(causal.dtype).min)
 
 
 def check(backbone: Backbone) -> None:
@@ -183,7 +186,9 @@ def check(backbone: Backbone) -> None:
     gap = (rewound - expected).abs().max().item()
     allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
     if not gap <= allowed * max(1.0, expected.abs().max().item()):
-        raise UserError(f"{name} cannot rewind: after a delete its logits are off by {gap:.2g}; use a full-attention model")
+        raise UserError(
+            f"{name} cannot rewind: after a delete its logits are off by {gap:.2g}; use a full-attention model"
+        )
 
 
 def _refuse_by_config(causal: PreTrainedModel) -> None:
@@ -197,8 +202,8 @@ def _refuse_by_config(causal: PreTrainedModel) -> None:
         raise UserError(f"{name} cannot rewind: it is recurrent, so its state has no past to go back to")
     if config._attn_implementation not in MASKED_ATTENTION:
         raise UserError(
-            f"{name} uses attention {config._attn_implementation!r}; deleting needs one of {', '.join(MASKED_ATTENTION)}: "
-            "load it with attn_implementation='sdpa'"
+            f"{name} uses attention {config._attn_implementation!r}, which takes no 4D masks; "
+            f"load it with attn_implementation set to {' or '.join(MASKED_ATTENTION)}"
         )
 
 

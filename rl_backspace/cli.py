@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="an experiment file, such as experiments/arith.yaml")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="an experiment file, such as experiments/arith.yaml")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a folder that `train` wrote")]
 
 
@@ -29,7 +31,9 @@ def train(
     context: typer.Context,
     config: ConfigPath,
     out: Annotated[Path | None, typer.Option(help="the run folder; default: runs/<name>")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the resolved config, stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the resolved config, stop")
+    ] = False,
 ) -> None:
     """Teach a model to delete: correction warm-up, then RL.
 

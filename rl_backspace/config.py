@@ -250,7 +250,9 @@ UNSUPPORTED = {
 }
 
 
-def trainer_problems(fields: Mapping[str, Any], where: str, kind: Literal["GRPOConfig", "TrainingArguments"]) -> list[str]:
+def trainer_problems(
+    fields: Mapping[str, Any], where: str, kind: Literal["GRPOConfig", "TrainingArguments"]
+) -> list[str]:
     """Names and types against TRL's or transformers' own config class; one line per mistake."""
     types = _trainer_types(kind)
     problems = []
@@ -266,7 +268,9 @@ def trainer_problems(fields: Mapping[str, Any], where: str, kind: Literal["GRPOC
                 TypeAdapter(types[key]).validate_python(value, strict=not _is_enum(types[key]))
             except ValidationError as error:
                 expected = error.errors()[0]["msg"]
-                problems.append(f"{where}.{key}: {expected[0].lower()}{expected[1:]}; got {value!r} ({type(value).__name__})")
+                problems.append(
+                    f"{where}.{key}: {expected[0].lower()}{expected[1:]}; got {value!r} ({type(value).__name__})"
+                )
     return problems
 
 
@@ -292,7 +296,8 @@ def _combinations(config: Config) -> list[str]:
     budget = config.delete.budget
     if budget is not None and isinstance(answer, int) and budget < answer:
         problems.append(
-            f"delete.budget: {budget} actions cannot type trainer.max_completion_length={answer} tokens; make it at least that"
+            f"delete.budget: {budget} actions cannot type an answer of trainer.max_completion_length={answer} tokens; "
+            "raise the one or lower the other"
         )
     if "line" in config.delete.tokens.values() and not config.delete.boundary:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")

@@ -75,7 +75,13 @@ class _Row:
         machine = self.machine
         assert machine.end is not None
         return Rollout(
-            self.prompt, machine.trace, machine.visible, self.logprobs, machine.end, machine.deleted, self.forward_passes
+            self.prompt,
+            machine.trace,
+            machine.visible,
+            self.logprobs,
+            machine.end,
+            machine.deleted,
+            self.forward_passes,
         )
 
 
@@ -202,8 +208,8 @@ class Engine:
         capacity = longest + answer
         if capacity > self.backbone.max_length:
             raise UserError(
-                f"the longest prompt has {longest} tokens and its context may grow by {answer}, but the model's limit is "
-                f"{self.backbone.max_length}; shorten the prompts or the budget"
+                f"the longest prompt has {longest} tokens and its context may grow by {answer}, but the model's limit "
+                f"is {self.backbone.max_length}; shorten the prompts or the budget"
             )
         return capacity
 

@@ -1,8 +1,8 @@
 """The run folder: everything a run leaves behind, written as it happens.
 
-    config.yaml       the resolved config            metrics.jsonl   one line per logged step
-    versions.json     packages, machine, seed        traces.jsonl    a sample of rollouts of each step
-    adapter/          adapter, tokenizer, semantics  summary.json    before and after, and the run's counts
+config.yaml       the resolved config            metrics.jsonl   one line per logged step
+versions.json     packages, machine, seed        traces.jsonl    a sample of rollouts of each step
+adapter/          adapter, tokenizer, semantics  summary.json    before and after, and the run's counts
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(dump(config), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path}: cannot write the run folder: {error.strerror}; choose another with --out") from error
+            raise UserError(
+                f"{path}: cannot write the run folder: {error.strerror}; choose another with --out"
+            ) from error
         folder = cls(path)
         versions = {name: version(name) for name in PACKAGES}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}

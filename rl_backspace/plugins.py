@@ -1,4 +1,4 @@
-"""Functions that YAML names: `bundled`, `module:function` of the bundled rewards, `pkg.mod:function`, `file.py:function`."""
+"""Functions that YAML names: bundled ones, `package.module:function` and `file.py:function`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., An
     try:
         module = _module(source, bundled)
     except FileNotFoundError as error:
-        raise UserError(f"{where}: {fn!r}: no file {source}; paths are relative to where you run the command") from error
+        raise UserError(
+            f"{where}: {fn!r}: no file {source}; paths are relative to where you run the command"
+        ) from error
     except Exception as error:  # a plug-in may raise anything while it is imported
         raise UserError(f"{where}: {fn!r} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
@@ -88,11 +90,13 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
     arguments = {"seed": seed, **{key: value for key, value in spec.items() if key != "fn"}}
     fn = spec["fn"]
     if fn in BUNDLED:
-        function = BUNDLED[fn]
+        function: Callable[..., Any] = BUNDLED[fn]
     elif ":" in fn:
         function = resolve(fn, "task.fn")
     else:
-        raise UserError(f"task.fn: got {fn!r}; expected one of {', '.join(BUNDLED)} or 'file.py:function'{nearest(fn, BUNDLED)}")
+        raise UserError(
+            f"task.fn: got {fn!r}; expected one of {', '.join(BUNDLED)} or 'file.py:function'{nearest(fn, BUNDLED)}"
+        )
     bind(function, arguments, "task")
     try:
         task = function(**arguments)

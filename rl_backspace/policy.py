@@ -67,7 +67,9 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         base = AutoModelForCausalLM.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())) if EMBEDDED.exists() else ""
+        known = (
+            ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())) if EMBEDDED.exists() else ""
+        )
         raise UserError(
             f"model: {model!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
             f"give an embedded model ({known}), a hub id or a local path"

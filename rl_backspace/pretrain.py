@@ -71,7 +71,9 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05
+    )
     started, total = time.time(), 0.0
     for step in range(1, config.steps + 1):
         source = rng.choices(rows, weights, k=config.batch)

@@ -235,7 +235,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
         right = experiment.task.correct(row, policy.text(rollout.visible))
         console.print(f"  {row['prompt']} ", line, "  right" if right else "  wrong", sep="")
     console.print(
-        f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between sampled and "
-        f"recomputed log-probs {summary['logp_gap_max']:.1e}; {summary['seconds']:.0f} s"
+        f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between sampled "
+        f"and recomputed log-probs {summary['logp_gap_max']:.1e}; {summary['seconds']:.0f} s"
     )
     console.print(f"written to {folder.path}: adapter/, summary.json, metrics.jsonl, traces.jsonl, config.yaml")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rl_backspace.backbone import attention_mask
+from rl_backspace.backbone import attention_mask, causal_lm
 from rl_backspace.semantics import Budget, Rules, layout
 
 
@@ -111,13 +111,10 @@ def score(
 
     `model` is called once, through its own forward, so that wrappers (PEFT, DDP, accelerate) do their work.
     """
-    causal = model
-    while not hasattr(causal, "config") or hasattr(causal, "get_base_model"):
-        causal = causal.get_base_model() if hasattr(causal, "get_base_model") else causal.module
     steps = packed.actions.shape[1]
     logits = model(
         input_ids=packed.input_ids,
-        attention_mask=attention_mask(causal, packed.allowed),
+        attention_mask=attention_mask(causal_lm(model), packed.allowed),
         position_ids=packed.position_ids,
         use_cache=False,
         logits_to_keep=steps + 1,

@@ -75,7 +75,7 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
 
 def is_async_callable(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine: an async function, or an object whose `__call__` is one."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _raised(name: str, fn: str, error: Exception) -> UserError:
@@ -87,9 +87,13 @@ def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | Non
     try:
         values = list(values)
     except TypeError:
-        raise UserError(f"rewards.{name}: {fn} returned a {type(values).__name__}; expected a list of numbers") from None
+        raise UserError(
+            f"rewards.{name}: {fn} returned a {type(values).__name__}; expected a list of numbers"
+        ) from None
     if len(values) != expected:
-        raise UserError(f"rewards.{name}: {fn} returned {len(values)} rewards for {expected} completions; give one for each")
+        raise UserError(
+            f"rewards.{name}: {fn} returned {len(values)} rewards for {expected} completions; give one for each"
+        )
     checked: list[float | None] = []
     for row, value in enumerate(values):
         if value is not None:
@@ -98,6 +102,8 @@ def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | Non
             except (TypeError, ValueError):
                 value = math.nan
             if not math.isfinite(value):
-                raise UserError(f"rewards.{name}: {fn} returned {values[row]!r} for row {row}; expected a finite number or None")
+                raise UserError(
+                    f"rewards.{name}: {fn} returned {values[row]!r} for row {row}; expected a finite number or None"
+                )
         checked.append(value)
     return checked

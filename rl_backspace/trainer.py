@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         on_rollouts: told of each generated batch: the rollouts, their rows and the rewards (n, terms).
     """
 
-    _tag_names = ["trl", "grpo", "rl-backspace"]
+    _tag_names: ClassVar = ["trl", "grpo", "rl-backspace"]
 
     def __init__(
         self,
@@ -81,8 +81,6 @@ class BackspaceGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`: prompts arrive once per generation."""
-        model = self.accelerator.unwrap_model(self.model)
-        self.engine.backbone.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         rollouts = self.engine.run(self.policy.encode(prompts), self.budget, self.sampling, self._generator)
         self._rollouts, self._rollout_step = rollouts, self.state.global_step
         self.forward_passes += sum(rollout.forward_passes for rollout in rollouts)
@@ -148,7 +146,9 @@ class BackspaceGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, None]:
         """Exact log-probs (B, K) in TRL's shapes; see `scoring`."""
         if compute_aux_loss:
-            raise UserError("the router's auxiliary loss is not supported; set router_aux_loss_coef to 0 in the model's config")
+            raise UserError(
+                "the router's auxiliary loss is not supported; set router_aux_loss_coef to 0 in the model's config"
+            )
         logps, entropies = [], []
         size = batch_size or len(input_ids)
         for first in range(0, len(input_ids), size):

@@ -54,7 +54,14 @@ class Corrections(Dataset):
 class WarmupTrainer(Trainer):
     """transformers' Trainer with the loss of corrections: the mean over the actions that are learned from."""
 
-    def __init__(self, policy: Policy, budget: Budget, args: TrainingArguments, dataset: Dataset, callbacks: list[TrainerCallback]):
+    def __init__(
+        self,
+        policy: Policy,
+        budget: Budget,
+        args: TrainingArguments,
+        dataset: Dataset,
+        callbacks: list[TrainerCallback],
+    ):
         self.rules, self.budget, self.pad = policy.rules, budget, policy.tokenizer.pad_token_id
         super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
         self.model_accepts_loss_kwargs = False
@@ -76,7 +83,7 @@ class WarmupTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         learn = inputs["learn"]
         packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
-        logprobs, _ = score(model, packed)
+        logprobs = score(model, packed)[0]
         loss = -logprobs[learn.bool()].mean()
         return (loss, {}) if return_outputs else loss
 

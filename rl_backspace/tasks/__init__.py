@@ -1,15 +1,17 @@
 """Tasks: prompts, reference answers and a checker. A task function returns a `Task`; YAML names it by `fn`.
 
-    task: {fn: signs, count: 5}                                   a bundled task
-    task: {fn: data, path: mine.jsonl, prompt: q, answer: a}      your own data
-    task: {fn: "my_task.py:make", size: 3}                        your own function
+task: {fn: signs, count: 5}                                   a bundled task
+task: {fn: data, path: mine.jsonl, prompt: q, answer: a}      your own data
+task: {fn: "my_task.py:make", size: 3}                        your own function
 """
+
+from collections.abc import Callable
 
 from rl_backspace.tasks.arithmetic import arithmetic
 from rl_backspace.tasks.data import data
 from rl_backspace.tasks.signs import signs
 from rl_backspace.tasks.task import Row, Task, split_of
 
-BUNDLED = {"signs": signs, "arithmetic": arithmetic, "data": data}
+BUNDLED: dict[str, Callable[..., Task]] = {"signs": signs, "arithmetic": arithmetic, "data": data}
 
 __all__ = ["BUNDLED", "Row", "Task", "arithmetic", "data", "signs", "split_of"]

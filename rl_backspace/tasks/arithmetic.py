@@ -11,9 +11,7 @@ from rl_backspace.tasks.task import Row, Task, generate
 OPERATIONS = {"+": operator.add, "*": operator.mul}
 
 
-def arithmetic(
-    operations: str = "+*", digits: int = 2, train: int = 20_000, test: int = 1024, seed: int = 0
-) -> Task:
+def arithmetic(operations: str = "+*", digits: int = 2, train: int = 20_000, test: int = 1024, seed: int = 0) -> Task:
     """`47*86=` asks for `4042`. One answer is right, so a prefix is alive while it starts that answer.
 
     Args:

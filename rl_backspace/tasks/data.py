@@ -57,7 +57,9 @@ def _load(path: Path) -> dict[str, list[Row]]:
             found = datasets.load_dataset(str(path))
     except Exception as error:  # whatever the loader met, the user's file is what to mend
         cause = error.__cause__ or error
-        raise UserError(f"{path}: cannot be read as JSON lines or as a datasets folder: {str(cause).splitlines()[0]}") from error
+        raise UserError(
+            f"{path}: cannot be read as JSON lines or as a datasets folder: {str(cause).splitlines()[0]}"
+        ) from error
     if isinstance(found, datasets.Dataset):
         found = {"train": found}
     return {str(name): list(split) for name, split in found.items()}
