@@ -156,10 +156,11 @@ def attention_mask(causal: Any, allowed: Tensor) -> Tensor:
 
 
 def check(backbone: Backbone) -> None:
-    """Refuse, with the reason, a model whose cache cannot rewind exactly.
+    """Refuse, with the reason, a model whose cache cannot rewind exactly or that cannot be scored packed.
 
-    Types three tokens, rewinds two, types another and compares with the same context computed from
-    scratch by the model's own forward. Costs a few single-token forward passes.
+    Types three tokens, rewinds two, types another, and compares with the same context computed from scratch
+    by the model's own forward; the same with the deleted tokens beside it in one masked sequence. Costs a
+    few forward passes on a handful of tokens.
 
     Raises:
         UserError: the two differ, or the model cannot be driven this way at all.
@@ -177,13 +178,21 @@ def check(backbone: Backbone) -> None:
             for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
                 hidden = backbone.decode(token[None], torch.tensor([position], device=ids.device), cache)
             rewound = backbone.logits(hidden)[0]
+            beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
+            beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two
+            packed = backbone.causal(
+                input_ids=ids[None],
+                attention_mask=attention_mask(backbone.causal, beside[None, None]),
+                position_ids=torch.tensor([[0, 1, 2, 3, 4, 3]], device=ids.device),
+                use_cache=False,
+            ).logits[0, -1]
             expected = backbone.causal(input_ids=ids[None, [0, 1, 2, 5]]).logits[0, -1].float()
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name} cannot be driven with a rewinding cache: {reason}") from error
+        raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
     finally:
         backbone.causal.train(was_training)
-    gap = (rewound - expected).abs().max().item()
+    gap = max((logits.float() - expected).abs().max().item() for logits in (rewound, packed))
     allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
     if not gap <= allowed * max(1.0, expected.abs().max().item()):
         raise UserError(

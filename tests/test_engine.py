@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+import transformers
+from conftest import DELETE, EOS, VOCAB, tiny
+
+from rl_backspace.engine import GREEDY, Engine, Sampling
+from rl_backspace.errors import UserError
+from rl_backspace.semantics import Budget, Rules, replay
+
+WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
+
+
+def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB - 3, (length,), generator=generator).tolist() for length in lengths]
+
+
+def rules(memory: str = "erase", retry: str = "free") -> Rules:
+    return Rules(WORDS, frozenset([EOS]), memory, retry)  # type: ignore[arg-type]
+
+
+def eager_to_delete(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Make deletes as likely as typing, so that rows delete at different times."""
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[DELETE - 2 :] *= 2
+    return model
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+@pytest.mark.parametrize("retry", ["free", "ban"])
+def test_equals_recomputation_from_scratch(memory: str, retry: str) -> None:
+    model = eager_to_delete(tiny())
+    played, budget = rules(memory, retry), Budget(answer=10, actions=30, deletes=12)
+    prompts = some_prompts(24)
+    rollouts = Engine(model, played, rows=7).run(prompts, budget, Sampling(0.8), torch.Generator().manual_seed(1))
+    assert sum(rollout.deletes for rollout in rollouts) > 40
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        slow = naive.Naive(played, budget)
+        for action, logprob in zip(rollout.actions, rollout.logprobs, strict=True):
+            expected = naive.logprobs(model, [*prompt, *slow.context()], slow.forbidden(), 0.8)[action]
+            assert logprob == pytest.approx(expected.item(), abs=2e-4)
+            slow.press(action)
+        assert slow.over() and rollout.visible == slow.cells and rollout.prompt == prompt
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_equals_one_action_at_a_time_on_every_family(family: str, attention: str, memory: str) -> None:
+    if family == "Gemma2" and attention == "sdpa":
+        pytest.skip("transformers has no sdpa for Gemma 2")
+    model = eager_to_delete(tiny(family, attn_implementation=attention))
+    played, budget = rules(memory, "ban"), Budget(answer=8, actions=20)
+    prompts = some_prompts(6)
+    rollouts = Engine(model, played, rows=4).run(prompts, budget, GREEDY)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        assert rollout.actions == naive.greedy(model, prompt, played, budget).history
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Gemma3Text"])
+def test_blocked_greedy_equals_generate(family: str) -> None:
+    model = tiny(family)
+    model.generation_config.pad_token_id = 0
+    prompts = some_prompts(5)
+    rollouts = Engine(model, rules()).run(prompts, Budget(answer=12, deletes=0), GREEDY)
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, suppress_tokens=sorted(WORDS), eos_token_id=EOS
+        )
+        assert rollout.visible == rollout.actions == out[0, len(prompt) :].tolist()
+        assert rollout.end == ("eos" if rollout.visible[-1] == EOS else "length")
+
+
+def test_forward_passes_are_the_non_delete_actions() -> None:
+    model = eager_to_delete(tiny())
+    passes = []
+    body = model.base_model
+    original = body.forward
+
+    def counting(*args: object, **kwargs: object) -> object:
+        ids = kwargs["input_ids"]
+        passes.append(len(ids) if ids.shape[1] == 1 else 0)  # type: ignore[attr-defined, index]
+        return original(*args, **kwargs)
+
+    engine = Engine(model, rules(), rows=5)
+    body.forward = counting
+    prompts = [prompt + [3, 4] for prompt in some_prompts(20)]  # longer than one token, so that prefills differ
+    rollouts = engine.run(prompts, Budget(answer=10, actions=30))
+    typed = [len(rollout.actions) - rollout.deletes for rollout in rollouts]
+    assert [rollout.forward_passes for rollout in rollouts] == typed
+    assert sum(rollout.deletes for rollout in rollouts) > 20
+    # the network fed each typed token once, but for each rollout's last, after which nothing is chosen
+    assert sum(passes) == sum(typed) - len(rollouts)
+
+
+@pytest.mark.parametrize("memory", ["keep", "hint"])
+def test_forward_passes_of_other_memories_are_the_tokens_that_entered(memory: str) -> None:
+    rollouts = Engine(eager_to_delete(tiny()), rules(memory)).run(some_prompts(8), Budget(answer=10, actions=30))
+    for rollout in rollouts:
+        machine_passes = len(rollout.actions) if memory == "keep" else len(rollout.actions) - rollout.deletes
+        assert rollout.forward_passes >= machine_passes
+        if memory == "keep":
+            assert rollout.forward_passes == machine_passes
+
+
+def test_rows_change_nothing_but_memory() -> None:
+    """Slot refill, compaction and the batch's size leave greedy results alone, and their order."""
+    model = eager_to_delete(tiny())
+    prompts = some_prompts(17) + some_prompts(3)  # repeated prompts are computed once
+    results = [
+        [r.actions for r in Engine(model, rules(retry="ban"), rows=rows).run(prompts, Budget(9, 25), GREEDY)]
+        for rows in (1, 3, 8, 64)
+    ]
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """Frequencies of the first two actions against probabilities, illegal ones left out."""
+    model = eager_to_delete(tiny())
+    played, budget, count = rules(retry="ban"), Budget(answer=3, actions=3), 4000
+    rollouts = Engine(model, played).run([[5, 6]] * count, budget, Sampling(), torch.Generator().manual_seed(0))
+    first = naive.logprobs(model, [5, 6], naive.Naive(played, budget).forbidden()).exp()
+    seen = torch.bincount(torch.tensor([r.actions[0] for r in rollouts]), minlength=VOCAB) / count
+    assert seen[sorted(WORDS)].sum() == 0
+    assert (seen - first).abs().max() < 4 * (0.25 / count) ** 0.5
+
+
+def test_truncated_sampling_keeps_to_the_likely_actions() -> None:
+    model = tiny()
+    budget = Budget(answer=1, deletes=0)
+    ranked = naive.logprobs(model, [5, 6], set(WORDS)).argsort(descending=True).tolist()
+
+    def firsts(**truncation: float) -> set[int]:
+        engine = Engine(model, rules())
+        rollouts = engine.run([[5, 6]] * 500, budget, Sampling(**truncation), torch.Generator().manual_seed(0))
+        return {rollout.actions[0] for rollout in rollouts}
+
+    assert firsts(top_k=3) == set(ranked[:3])
+    probabilities = naive.logprobs(model, [5, 6], set(WORDS)).exp()
+    nucleus, mass = set(), 0.0
+    for token in ranked:
+        if mass >= 0.5:
+            break
+        nucleus.add(token)
+        mass += probabilities[token].item()
+    assert firsts(top_p=0.5) <= nucleus
+    likely = {t for t in range(VOCAB) if probabilities[t] >= 0.5 * probabilities.max() and t not in WORDS}
+    assert firsts(min_p=0.5) <= likely
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    model = eager_to_delete(tiny())
+    played, budget = rules(), Budget(answer=8, actions=16)
+    half = tiny().to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    for rollout in Engine(half, played).run(some_prompts(6), budget):
+        slow = naive.Naive(played, budget)
+        for action, logprob in zip(rollout.actions, rollout.logprobs, strict=True):
+            expected = naive.logprobs(model, [*rollout.prompt, *slow.context()], slow.forbidden())[action].item()
+            assert logprob == pytest.approx(expected, abs=0.35)
+            slow.press(action)
+
+
+def test_stuck_when_nothing_is_legal() -> None:
+    played = Rules({token: "token" for token in range(VOCAB)}, frozenset([EOS]))
+    rollout = Engine(tiny(), played).run([[3]], Budget(5))[0]
+    assert (rollout.end, rollout.actions) == ("stuck", [])
+
+
+def test_training_mode_and_traces_are_left_alone() -> None:
+    model = tiny().train()
+    told: list[tuple[int, int]] = []
+    rollouts = Engine(model, rules()).run(
+        some_prompts(3), Budget(6, 12), on_action=lambda *action: told.append(action)
+    )
+    assert model.training
+    for index, rollout in enumerate(rollouts):
+        assert [action for i, action in told if i == index] == rollout.actions
+        assert replay(rollout.actions, rules(), Budget(6, 12)).visible == rollout.visible
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: _random("Mamba", hidden_size=32, num_hidden_layers=2, state_size=4), "state"),
+        (lambda: _random("Bloom", hidden_size=32, n_layer=2, n_head=4), "cannot be driven"),
+        (lambda: _random("Mpt", d_model=32, n_layers=2, n_heads=4), "MptForCausalLM"),
+        (lambda: tiny("Mistral", attn_implementation="flex_attention"), "attn_implementation"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+    ],
+)
+def test_refuses_what_it_cannot_rewind_with_the_reason(make: object, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Engine(make(), rules())  # type: ignore[operator]
+
+
+def _random(family: str, **sizes: int) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **sizes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def test_refuses_a_window_shorter_than_the_sequence() -> None:
+    engine = Engine(tiny("Mistral", sliding_window=8), rules())
+    assert engine.run([[3, 4]], Budget(answer=6, actions=30))
+    with pytest.raises(UserError, match="limit is 8"):
+        engine.run([[3, 4]], Budget(answer=7, actions=30))
+
+
+def test_refuses_prompts_that_do_not_fit() -> None:
+    engine = Engine(tiny(), rules())
+    with pytest.raises(UserError, match="128"):
+        engine.run([[3] * 120], Budget(answer=20))
+    with pytest.raises(UserError, match="no tokens"):
+        engine.run([[3], []], Budget(answer=20))
+    assert engine.run([], Budget(answer=20)) == []
