@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +63,9 @@ def train(
 @app.command(name="eval")
 def evaluate(
     run: RunPath,
-    rows: Annotated[int | None, typer.Option(help="test prompts, at most; default: as in the run's config")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="test prompts, at most; default: as in the run's config")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of the sampling; default: the run's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
@@ -86,9 +88,9 @@ def evaluate(
 def generate(
     run: RunPath,
     prompts: Annotated[list[str] | None, typer.Argument(help="default: three of the task's test prompts")] = None,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
-    delay: Annotated[float, typer.Option(help="seconds between actions in a terminal")] = 0.15,
+    delay: Annotated[float, typer.Option(min=0, help="seconds between actions in a terminal")] = 0.15,
 ) -> None:
     """Print a trace as it happens: typing, striking out, retyping."""
     import time
@@ -99,26 +101,27 @@ def generate(
     from rl_backspace.display import console, strike
     from rl_backspace.engine import Engine, Sampling
 
-    if temperature < 0:
-        raise UserError(f"--temperature: got {temperature}; expected 0 (greedy) or more")
     _, task, policy, budget = _open(run)
-    texts = prompts or [row["prompt"] for row in task.test[:3]]
+    asked: list[Any] = list(prompts or [row["prompt"] for row in task.test[:3]])
+    if prompts and isinstance(task.test[0]["prompt"], list):
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     engine = Engine(policy.model, policy.rules)
     torch.manual_seed(seed)
-    for text, ids in zip(texts, policy.encode(texts), strict=True):
+    for prompt, ids in zip(asked, policy.encode(asked), strict=True):
+        before = f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} "
         actions: list[int] = []
 
         with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
 
-            def show(_: int, action: int, text: Any = text, actions: list[int] = actions, live: Any = live) -> None:
+            def show(_: int, action: int, before: str = before, actions: list[int] = actions, live: Any = live) -> None:
                 actions.append(action)
                 if console.is_terminal:
-                    live.update(strike(actions, policy.tokenizer, policy.rules, before=f"{text} "), refresh=True)
+                    live.update(strike(actions, policy.tokenizer, policy.rules, before), refresh=True)
                     time.sleep(delay)
 
             engine.run([ids], budget, Sampling(temperature), on_action=show)
         if not console.is_terminal:
-            console.print(strike(actions, policy.tokenizer, policy.rules, before=f"{text} ", marks=True))
+            console.print(strike(actions, policy.tokenizer, policy.rules, before, marks=True), soft_wrap=True)
 
 
 @app.command()
@@ -153,29 +156,26 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code. A user's mistake is one line per problem and code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        return _exit_code(app, arguments)
+        return app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         return 2
-
-
-def _exit_code(command: Callable[..., Any], arguments: list[str] | None) -> int:
-    import click
-
-    try:
-        return command(args=arguments, standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         return 130
-    except click.exceptions.Exit as error:
-        return error.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors: their class has moved between versions
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "rl-backspace")
+        typer.echo(f"error: {error.format_message().rstrip('.')}; see {command} --help", err=True)
+        return 2
 
 
 def entry() -> None:
     """The console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # other packages' deprecations are not the user's to mend
     sys.exit(main())

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from rl_backspace.errors import UserError
-from rl_backspace.plugins import nearest
+from rl_backspace.errors import UserError, nearest
 from rl_backspace.semantics import Memory, Retry
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -59,6 +58,7 @@ class Warmup(Strict):
     """Correction warm-up: supervised, before RL, which never discovers a fresh token."""
 
     steps: Annotated[int, Field(ge=0)] = Field(default=1000, description="optimizer steps; 0: none")
+    group: PositiveInt = Field(default=4, description="corrections made of each prompt, which share its computation")
     clean: Share = Field(default=0.5, description="share of examples without an error")
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
@@ -67,7 +67,7 @@ class Warmup(Strict):
 
 class Reward(Strict):
     fn: str = Field(description="'module:function' of rewards/, 'file.py:function' or 'package.module:function'")
-    weight: float = Field(default=1.0, description="its share of the total; 0: a metric only")
+    weight: float = Field(default=1.0, allow_inf_nan=False, description="its share of the total; 0: a metric only")
     kwargs: dict[str, Any] = Field(default={}, description="keyword arguments of the function")
 
 
@@ -83,9 +83,12 @@ class Wandb(Strict):
 
 
 def _is_name(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise ValueError("expected letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise ValueError("a letter or digit, then letters, digits, '.', '_' and '-'")
     return text
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 
 
 class Config(Strict):
@@ -95,7 +98,7 @@ class Config(Strict):
     model: str = Field(description="an embedded model (arith-1m), a hub id or a local path")
     task: Plugin
     rewards: dict[str, Reward] = Field(min_length=1)
-    seed: int = 0
+    seed: Seed = 0
     delete: Delete = Delete()
     lora: Lora = Lora()
     warmup: Warmup = Warmup()
@@ -104,11 +107,15 @@ class Config(Strict):
     wandb: Wandb | None = Field(default=None, description="log to wandb too")
 
 
+class MixedTask(Plugin):
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often it is drawn, next to others")
+
+
 class PretrainConfig(Strict):
     """A base model from nothing, for experiments without a hub."""
 
-    tasks: list[dict[str, Any]] = Field(min_length=1, description="task blocks, each with a weight in the mixture")
-    seed: int = 0
+    tasks: list[MixedTask] = Field(min_length=1, description="task blocks, each with a weight in the mixture")
+    seed: Seed = 0
     vocab_size: PositiveInt = Field(default=128, description="embedding rows; what the tokenizer leaves are spare")
     width: PositiveInt = 128
     layers: PositiveInt = 3
@@ -120,12 +127,24 @@ class PretrainConfig(Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as YAML 1.2 has it."""
+    """YAML in which 3e-4 is a number, as YAML 1.2 has it, and in which a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(  # type: ignore[attr-defined]
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -149,25 +168,32 @@ def override(content: dict[str, Any], arguments: Sequence[str]) -> None:
     """Apply `a.b.c=value` or `--a.b.c=value`; `reward.` may stand for `rewards.`.
 
     Raises:
-        UserError: an argument is not of that form.
+        UserError: arguments that are not of that form, a line each.
     """
-    for argument in arguments:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not equals or not key:
-            raise UserError(f"override {argument!r}: expected key=value, such as trainer.learning_rate=1e-4")
-        names = key.split(".")
-        if names[0] == "reward":
-            names[0] = "rewards"
-        node = content
-        for name in names[:-1]:
-            child = node.setdefault(name, {})
-            if not isinstance(child, dict):
-                raise UserError(f"override {argument!r}: {name} is {child!r}, which has no keys")
-            node = child
-        try:
-            node[names[-1]] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {argument!r}: {value!r} is not a YAML value") from error
+    problems = [problem for argument in arguments if (problem := _override(content, argument))]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _override(content: dict[str, Any], argument: str) -> str | None:
+    """Apply one argument; what is wrong with it, or None."""
+    key, equals, value = argument.removeprefix("--").partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        return f"override {argument!r}: expected key=value, such as trainer.learning_rate=1e-4"
+    if names[0] == "reward":
+        names[0] = "rewards"
+    for name in names[:-1]:
+        if content.get(name) is None:
+            content[name] = {}
+        if not isinstance(content[name], dict):
+            return f"override {argument!r}: {name} is {content[name]!r}, which has no keys"
+        content = content[name]
+    try:
+        content[names[-1]] = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return f"override {argument!r}: {value!r} is not a YAML value"
+    return None
 
 
 def parse(content: Mapping[str, Any]) -> Config:
@@ -183,11 +209,9 @@ def parse(content: Mapping[str, Any]) -> Config:
         problems += trainer_problems(trainer, "trainer", "GRPOConfig")
     if isinstance(warmup, dict) and isinstance(warmup.get("trainer"), dict):
         problems += trainer_problems(warmup["trainer"], "warmup.trainer", "TrainingArguments")
-    if config is not None:
-        problems += _combinations(config)
-    if problems:
+    problems += _combinations(content)
+    if problems or config is None:
         raise UserError("\n".join(problems))
-    assert config is not None
     return config
 
 
@@ -206,39 +230,91 @@ def _validate(model: type[_Model], content: Mapping[str, Any], problems: list[st
     try:
         return model.model_validate(dict(content))
     except ValidationError as error:
-        problems += [_line(model, issue) for issue in error.errors()]
+        problems += _lines(model, content, error)
         return None
 
 
-def _line(model: type[BaseModel], issue: Any) -> str:
-    location = [str(part) for part in issue["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(location)
+def _lines(model: type[BaseModel], content: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """One line per mistake; what the members of a union expected is one mistake."""
+    issues: dict[tuple[Any, ...], list[Any]] = {}
+    for issue in error.errors():
+        issues.setdefault(_path(content, issue["loc"]), []).append(issue)
+    outer = {path[:length] for path in issues for length in range(len(path))}  # the mistake is further in
+    return [_line(model, content, path, found) for path, found in issues.items() if path not in outer]
+
+
+def _path(content: Any, location: Sequence[Any]) -> tuple[Any, ...]:
+    """pydantic's location without the names of union members and checks, which it puts between the keys."""
+    path = []
+    node = content
+    for part in location:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and part in range(len(node))):
+            node = node[part]
+            path.append(part)
+    return tuple(path)
+
+
+def _line(model: type[BaseModel], content: Mapping[str, Any], path: tuple[Any, ...], issues: list[Any]) -> str:
+    key, issue = ".".join(map(str, path)), issues[0]
     if issue["type"] == "extra_forbidden":
-        known = _fields(model, location[:-1])
-        return f"{key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
+        known = _fields(model, path[:-1])
+        return f"{key}: unknown key{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if issue["type"] == "missing":
-        return f"{key}: missing; add it to the experiment file"
-    got = issue["input"]
-    return f"{key}: {issue['msg'][0].lower()}{issue['msg'][1:]}; got {got!r} ({type(got).__name__})"
+        missing = ".".join(map(str, issue["loc"]))
+        return f"{missing}: missing; add it to the experiment file{_slip(content, issue['loc'])}"
+    expected = ", or ".join(dict.fromkeys(_expected(issue) for issue in issues))
+    return f"{key}: expected {expected}; got {issue['input']!r} ({type(issue['input']).__name__})"
 
 
-def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Field names of the block at a location, walking through nested blocks and mappings."""
+def _expected(issue: Any) -> str:
+    named = {
+        "model_type": "a block of keys",
+        "dict_type": "a block of keys",
+        "too_short": "at least one entry",
+        "invalid_key": "text as a key",
+    }
+    message = issue["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return named.get(issue["type"]) or f"{'a number ' * message.startswith(('greater', 'less'))}{message}"
+
+
+def _slip(content: Any, location: Sequence[Any]) -> str:
+    """A hint for a missing key: the key or block that may have been meant for it."""
+    if location[-1] == "fn" and len(location) > 1:
+        *outer, name = location[:-1]
+        for part in outer:
+            content = content[part]
+        return nearest("fn", content[name]) or nearest(name, [other for other in content if other != name])
+    return ""
+
+
+def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Field names of the block at a path, walking through nested blocks and mappings of blocks."""
     current: Any = model
-    for name in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            current = current.model_fields[name].annotation
-        blocks = [a for a in (current, *typing.get_args(current)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = blocks[0] if blocks and typing.get_origin(current) is not dict else current
+    for name in path:
         if typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1] if name not in ("rewards",) else current
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+            current = typing.get_args(current)[1]
+        else:
+            current = current.model_fields[name].annotation
+            if typing.get_origin(current) is not dict:  # Wandb | None
+                current = next((a for a in typing.get_args(current) if hasattr(a, "model_fields")), current)
+    return list(current.model_fields)
 
 
 OURS = {
     "output_dir": "the run folder is set by name or --out",
     "seed": "set the top-level seed",
     "report_to": "add the top-level block wandb",
+    "reward_weights": "set each reward's weight in rewards",
+}
+WARMUP_OURS = {"max_steps": "set warmup.steps", "remove_unused_columns": "the warm-up's columns are its own"}
+LIMITS: dict[str, Any] = {  # what rollouts take, beyond the type
+    "temperature": Annotated[float, Field(gt=0)],
+    "top_k": Annotated[int, Field(ge=0)],
+    "top_p": Annotated[float, Field(gt=0, le=1)],
+    "min_p": Share | None,
+    "max_completion_length": PositiveInt,
+    "per_device_train_batch_size": PositiveInt,
+    "num_generations": PositiveInt,
 }
 UNSUPPORTED = {
     "use_vllm": "rollouts with deletes run in this project's own engine",
@@ -247,6 +323,7 @@ UNSUPPORTED = {
     "cache_implementation": "rollouts with deletes run in this project's own engine",
     "repetition_penalty": "exact scoring does not know it",
     "use_liger_kernel": "it replaces the forward that scoring calls",
+    "eval_strategy": "test prompts are measured before and after; set evaluation.rows",
 }
 
 
@@ -254,33 +331,42 @@ def trainer_problems(
     fields: Mapping[str, Any], where: str, kind: Literal["GRPOConfig", "TrainingArguments"]
 ) -> list[str]:
     """Names and types against TRL's or transformers' own config class; one line per mistake."""
-    types = _trainer_types(kind)
+    types, defaults = _trainer_types(kind)
+    ours = {**OURS, **(WARMUP_OURS if kind == "TrainingArguments" else {})}
     problems = []
     for key, value in fields.items():
+        if not isinstance(key, str):
+            continue  # the block's own check names it
         if key not in types:
             problems.append(f"{where}.{key}: {kind} has no such field{nearest(key, types)}")
-        elif key in OURS:
-            problems.append(f"{where}.{key}: not here; {OURS[key]}")
-        elif key in UNSUPPORTED and value:
+        elif key in ours:
+            problems.append(f"{where}.{key}: not here; {ours[key]}")
+        elif problem := type_problem(types[key], value, strict=not _is_enum(types[key])):
+            problems.append(f"{where}.{key}: {problem}")
+        elif key in UNSUPPORTED and value and value != defaults[key]:
             problems.append(f"{where}.{key}: not supported; {UNSUPPORTED[key]}")
-        else:
-            try:
-                TypeAdapter(types[key]).validate_python(value, strict=not _is_enum(types[key]))
-            except ValidationError as error:
-                expected = error.errors()[0]["msg"]
-                problems.append(
-                    f"{where}.{key}: {expected[0].lower()}{expected[1:]}; got {value!r} ({type(value).__name__})"
-                )
     return problems
 
 
-def _trainer_types(kind: str) -> dict[str, Any]:
+def type_problem(annotation: Any, value: Any, strict: bool = True) -> str | None:
+    """`expected ...; got ...` where a value is not of an annotated type, else None."""
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=strict)
+    except ValidationError as error:
+        expected = ", or ".join(dict.fromkeys(map(_expected, error.errors())))
+        return f"expected {expected}; got {value!r} ({type(value).__name__})"
+    return None
+
+
+def _trainer_types(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The types and the defaults of the fields of TRL's or transformers' config class."""
     if kind == "GRPOConfig":
         from trl import GRPOConfig as cls
     else:
         from transformers import TrainingArguments as cls
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    hints = {**typing.get_type_hints(cls), **LIMITS}
+    return {field.name: hints[field.name] for field in fields}, {field.name: field.default for field in fields}
 
 
 def _is_enum(annotation: Any) -> bool:
@@ -289,23 +375,32 @@ def _is_enum(annotation: Any) -> bool:
     return any(isinstance(a, type) and issubclass(a, enum.Enum) for a in (annotation, *typing.get_args(annotation)))
 
 
-def _combinations(config: Config) -> list[str]:
-    """Settings that are each valid but cannot work together."""
+def _combinations(content: Mapping[str, Any]) -> list[str]:
+    """Settings that are each valid but cannot work together; blocks that are not valid are left out."""
     problems = []
-    answer = config.trainer.get("max_completion_length")
-    budget = config.delete.budget
-    if budget is not None and isinstance(answer, int) and budget < answer:
+    trainer = content.get("trainer")
+    answer = trainer.get("max_completion_length") if isinstance(trainer, dict) else None
+    delete = _part(Delete, content.get("delete", {}))
+    if delete is not None and delete.budget is not None and type(answer) is int and delete.budget < answer:
         problems.append(
-            f"delete.budget: {budget} actions cannot type an answer of trainer.max_completion_length={answer} tokens; "
-            "raise the one or lower the other"
+            f"delete.budget: {delete.budget} actions cannot type an answer of trainer.max_completion_length={answer} "
+            "tokens; raise the one or lower the other"
         )
-    if "line" in config.delete.tokens.values() and not config.delete.boundary:
+    if delete is not None and "line" in delete.tokens.values() and not delete.boundary:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")
-    if all(reward.weight == 0 for reward in config.rewards.values()):
+    rewards = _part(dict[str, Reward], content.get("rewards"))
+    if rewards and all(reward.weight == 0 for reward in rewards.values()):
         problems.append("rewards: every weight is 0, so there is nothing to learn from; give one a weight")
     return problems
 
 
+def _part(kind: Any, value: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return None
+
+
 def dump(config: BaseModel) -> str:
     """The resolved config as YAML, in the order of the class."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -8,16 +8,11 @@ is on the deletes and on what is right, never on the wrong tokens: a model train
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from rl_backspace.semantics import Budget, Machine, Rules
 from rl_backspace.tasks import Row, Task
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,15 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Mistake:
+    """A wrong continuation, and the deletes that take it back."""
+
+    tokens: list[int]
+    presses: list[int]
+    cost: int  # actions: the tokens, the deletes and what they took that has to be typed again
+
+
+@dataclass(frozen=True)
 class Corrector:
     """Turns rows of a task into corrections.
 
@@ -44,7 +48,7 @@ class Corrector:
         alphabet: token ids that wrong continuations are drawn from.
         clean: share of examples without an error.
         errors: most errors in an example.
-        late: most tokens typed after a wrong one before it is noticed.
+        late: most tokens typed after a wrong one before it is noticed; more where a delete takes more at once.
     """
 
     task: Task
@@ -58,59 +62,91 @@ class Corrector:
     late: int = 2
 
     def make(self, row: Row, rng: random.Random) -> Correction:
-        """One example from a row; clean where the budget leaves no room for an error."""
+        """One example from a row; clean where there is no error to make or no budget for it."""
         gold = self.gold(row)
-        writer = _Writer(Machine(self.rules, self.budget))
-        planned = 0 if rng.random() < self.clean else rng.randint(1, self.errors)
-        places = [rng.randrange(len(gold)) for _ in range(planned)] if self.rules.deletes else []
-        while writer.machine.end is None:
-            depth = len(writer.machine.visible)
-            if depth in places:
-                places.remove(depth)
-                self._err(writer, row, gold, rng)
-            else:
-                writer.type(gold[depth], learn=True)
-        return Correction(writer.machine.trace, writer.learn)
+        mistakes = {} if rng.random() < self.clean or not self.rules.deletes else self._plan(row, gold, rng)
+        machine, learn = Machine(self.rules, self.budget), []
+        while machine.end is None:
+            depth = len(machine.visible)
+            mistake = mistakes[depth].pop() if mistakes.get(depth) else Mistake([], [], 0)
+            right = [] if mistake.tokens else [gold[depth]]
+            for action in (*mistake.tokens, *mistake.presses, *right):
+                machine.step(action)
+            learn += [False] * len(mistake.tokens) + [True] * len(mistake.presses + right)
+        return Correction(machine.trace, learn)
 
-    def _err(self, writer: _Writer, row: Row, gold: list[int], rng: random.Random) -> None:
-        """Type a wrong token and perhaps some more, then delete back to what was right."""
-        machine = writer.machine
-        depth = len(machine.visible)
-        length = 1 + rng.randint(0, min(self.late, max(0, len(gold) - 1 - depth)))
-        length = min(length, self.budget.answer - 1 - depth)
-        # each wrong token costs itself and at most one delete; then the answer must still fit
-        room = self.budget.most_actions - len(machine.trace) - len(gold) + depth
-        if length < 1 or room < 2 * length + depth:
-            return
-        wrong = self._wrong(machine, row, rng)
+    def _plan(self, row: Row, gold: list[int], rng: random.Random) -> dict[int, list[Mistake]]:
+        """Depth -> the mistakes to make there; together they fit the budget."""
+        planned: dict[int, list[Mistake]] = {}
+        depths = list(range(len(gold)))
+        actions = self.budget.most_actions - len(gold)
+        deletes = actions if self.budget.deletes is None else self.budget.deletes
+        for _ in range(rng.randint(1, self.errors)):
+            mistake = None
+            while mistake is None and depths:
+                depth = rng.choice(depths)
+                mistake = self._mistake(row, gold, depth, planned.get(depth, []), (actions, deletes), rng)
+                if mistake is None:
+                    depths.remove(depth)
+                else:
+                    planned.setdefault(depth, []).append(mistake)
+                    actions -= mistake.cost
+                    deletes -= len(mistake.presses)
+        return planned
+
+    def _mistake(
+        self,
+        row: Row,
+        gold: list[int],
+        depth: int,
+        made: list[Mistake],
+        room: tuple[int, int],
+        rng: random.Random,
+    ) -> Mistake | None:
+        """A wrong token and perhaps some more, that can be taken back within `room`: actions and deletes."""
+        at_once = max((unit for unit in self.rules.deletes.values() if isinstance(unit, int)), default=1)
+        fits = self.budget.answer - 1 - depth
+        usual = 1 + min(self.late, len(gold) - 1 - depth)
+        lengths = list(range(1, min(max(usual, at_once), fits) + 1))
+        rng.shuffle(lengths)
+        lengths.sort(key=lambda length: length > usual)
+        wrong = self._wrong(row, gold[:depth], {mistake.tokens[0] for mistake in made}, rng) if lengths else None
         if wrong is None:
-            return
-        writer.type(wrong, learn=False)
-        for _ in range(length - 1):
-            writer.type(rng.choice(self.alphabet), learn=False)
-        while len(machine.visible) > depth:
-            writer.type(self._press(machine, depth), learn=True)
+            return None
+        tail = [rng.choice(self.alphabet) for _ in lengths]
+        for length in lengths:
+            tokens = [wrong, *tail[: length - 1]]
+            presses, left = self._take_back(gold[:depth], tokens)
+            mistake = Mistake(tokens, presses, length + len(presses) + depth - left)
+            again = left < depth and self.rules.retry == "ban"  # what was right would be banned
+            if not again and mistake.cost <= room[0] and len(presses) <= room[1]:
+                return mistake
+        return None
 
-    def _wrong(self, machine: Machine, row: Row, rng: random.Random) -> int | None:
+    def _wrong(self, row: Row, right: list[int], taken: set[int], rng: random.Random) -> int | None:
         """A token after which the answer can no longer come right, or None if there is none to type."""
-        banned = set(machine.illegal())
-        for token in rng.sample(list(self.alphabet), len(self.alphabet)):
-            if token not in banned and not self.task.alive(row, self.text([*machine.visible, token])):
+        for token in self._candidates(rng):
+            if token not in taken and not self.task.alive(row, self.text([*right, token])):
                 return token
         return None
+
+    def _candidates(self, rng: random.Random) -> Iterator[int]:
+        """Every token of the alphabet in random order, after a few draws: one of those will do, mostly."""
+        for _ in range(8):
+            yield rng.choice(self.alphabet)
+        yield from rng.sample(self.alphabet, len(self.alphabet))
+
+    def _take_back(self, right: list[int], wrong: list[int]) -> tuple[list[int], int]:
+        """The deletes that take back all that is wrong, and how many tokens they leave."""
+        machine = Machine(self.rules, self.budget, visible=[*right, *wrong])
+        presses = []
+        while len(machine.visible) > len(right):
+            presses.append(self._press(machine, len(right)))
+            del machine.visible[machine.target(self.rules.deletes[presses[-1]]) :]
+        return presses, len(machine.visible)
 
     def _press(self, machine: Machine, depth: int) -> int:
         """The delete that takes most without going behind `depth`; failing that, the one that takes least."""
         targets = {token: machine.target(unit) for token, unit in self.rules.deletes.items()}
         within = {token: target for token, target in targets.items() if target >= depth}
         return min(within, key=within.__getitem__) if within else max(targets, key=targets.__getitem__)
-
-
-class _Writer:
-    def __init__(self, machine: Machine):
-        self.machine = machine
-        self.learn: list[bool] = []
-
-    def type(self, token: int, learn: bool) -> None:
-        self.machine.step(token)
-        self.learn.append(learn)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rl_backspace.semantics import Machine, Rules, unlimited
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
 
 
 def strike(
@@ -28,8 +28,10 @@ def strike(
     machine = Machine(rules, unlimited(actions))
     typed: list[int] = []
     struck: list[bool] = []
+    after: list[list[int]] = []  # the visible tokens before each typed one
     standing: list[int] = []  # indices into `typed` of the visible tokens
     for action in actions:
+        before_it = list(machine.visible)
         machine.step(action)
         if action in rules.deletes:
             for index in standing[len(machine.visible) :]:
@@ -39,11 +41,23 @@ def strike(
             standing.append(len(typed))
             typed.append(action)
             struck.append(False)
+            after.append(before_it)
     out = Text(before)
     for deleted, run in itertools.groupby(range(len(typed)), struck.__getitem__):
-        text = "".join("⏎" if typed[i] in rules.eos else tokenizer.decode([typed[i]]) for i in run)
+        indices = list(run)
+        text = _text_added(after[indices[0]], [typed[i] for i in indices], tokenizer, rules)
         out.append(f"~~{text}~~" if deleted and marks else text, "strike red" if deleted else "bold")
     return out
+
+
+def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase, rules: Rules) -> str:
+    """What tokens add to the text of others: alone, many tokenizers would drop the space before them."""
+    end = "⏎" if tokens[-1] in rules.eos else ""
+    base = tokenizer.decode(context)
+    whole = tokenizer.decode([*context, *(tokens[:-1] if end else tokens)])
+    while not whole.startswith(base):  # it ends within a character
+        base = base[:-1]
+    return whole[len(base) :] + end
 
 
 def results_table(stages: dict[str, Any]) -> Table:

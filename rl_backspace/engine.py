@@ -255,9 +255,8 @@ class _Batch:
         distinct: dict[tuple[int, ...], int] = {}
         source = torch.tensor([distinct.setdefault(tuple(row.prompt), len(distinct)) for row in new])
         source = source.to(self.backbone.device)
-        ids = torch.zeros(len(distinct), max(map(len, distinct)), dtype=torch.long)
-        for n, prompt in enumerate(distinct):
-            ids[n, : len(prompt)] = torch.tensor(prompt)
+        longest = max(map(len, distinct))
+        ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in distinct])
         hidden, prefilled = self.backbone.prefill(ids.to(self.backbone.device))
         if self.cache is None or self.hidden is None:
             self.cache = PointerCache(prefilled, self.size, self.capacity)

@@ -19,7 +19,7 @@ from typing import Any
 from rl_backspace.config import Config, dump, parse, read_yaml
 from rl_backspace.errors import UserError
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "wandb", "numpy")
+PACKAGES = ("rl-backspace", "torch", "transformers", "trl", "peft", "wandb", "numpy")
 
 
 class RunFolder:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import types
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rl_backspace.errors import UserError
+from rl_backspace.config import type_problem
+from rl_backspace.errors import UserError, nearest, one_line
 from rl_backspace.tasks import BUNDLED, Task
-
-
-def nearest(name: str, known: Any) -> str:
-    """`; did you mean 'x'?`, or nothing when no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., Any]:
@@ -41,7 +38,7 @@ def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., An
             f"{where}: {fn!r}: no file {source}; paths are relative to where you run the command"
         ) from error
     except Exception as error:  # a plug-in may raise anything while it is imported
-        raise UserError(f"{where}: {fn!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{where}: {fn!r} cannot be imported: {one_line(error)}") from error
     function = getattr(module, attribute, None)
     if function is None:
         hint = nearest(attribute, [name for name in vars(module) if not name.startswith("_")])
@@ -53,32 +50,81 @@ def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., An
 
 def _module(source: str, bundled: str | None) -> Any:
     if source.endswith(".py"):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(source)
-        spec = importlib.util.spec_from_file_location(f"rl_backspace_plugin_{path.stem}", path.resolve())
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
+        return _file_module(Path(source))
     if bundled is not None and importlib.util.find_spec(f"{bundled}.{source.split('.')[0]}"):
         return importlib.import_module(f"{bundled}.{source}")
     return importlib.import_module(source)
 
 
+def _file_module(path: Path) -> Any:
+    """A file's module, run once however many functions are taken from it."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
+    name = f"rl_backspace_plugin_{path.stem}_{digest}"  # files of one name in two folders are two modules
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 def bind(function: Callable[..., Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Check that the function takes these keyword arguments.
+    """Check that the function takes these keyword arguments, and values of these types where it annotates them.
 
     Raises:
-        UserError: it does not, with the nearest name that it takes.
+        UserError: a line for each that it does not take, with the nearest name that it takes.
     """
-    parameters = inspect.signature(function).parameters
-    named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
-    for key in kwargs:
+    parameters = signature(function, where)
+    named = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    types = _annotations(function)
+    problems = []
+    for key, value in kwargs.items():
         if key not in named:  # not even where **kwargs would swallow it: it may be a slip of the pen
             name = getattr(function, "__name__", type(function).__name__)
-            raise UserError(f"{where}.{key}: unknown; {name} takes {', '.join(named)}{nearest(key, named)}")
+            problems.append(f"{where}.{key}: unknown; {name} takes {', '.join(named)}{nearest(key, named)}")
+        elif key in types and (problem := type_problem(types[key], value)):
+            problems.append(f"{where}.{key}: {problem}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def signature(function: Callable[..., Any], where: str) -> Mapping[str, inspect.Parameter]:
+    """The function's parameters by name.
+
+    Raises:
+        UserError: it is compiled and does not tell.
+    """
+    try:
+        return inspect.signature(function).parameters
+    except ValueError as error:
+        raise UserError(f"{where}: {one_line(error)}; wrap it in a Python function") from error
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotated types that YAML values can be checked against."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # an annotation may name anything; then the function checks its arguments itself
+        return {}
+    return {name: hint for name, hint in hints.items() if _is_plain(hint)}
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether values of a type are written in YAML as they are: numbers, text, lists and mappings of them."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return True
+    outer = typing.get_origin(annotation) if parts else annotation
+    plain = (bool, int, float, str, list, dict, types.NoneType, types.UnionType, typing.Union, typing.Any)
+    return outer in plain and all(map(_is_plain, parts))
 
 
 def load_task(spec: Mapping[str, Any], seed: int) -> Task:
@@ -87,7 +133,6 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
     Raises:
         UserError: unknown function or argument, or what the task itself refuses.
     """
-    arguments = {"seed": seed, **{key: value for key, value in spec.items() if key != "fn"}}
     fn = spec["fn"]
     if fn in BUNDLED:
         function: Callable[..., Any] = BUNDLED[fn]
@@ -97,13 +142,25 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
         raise UserError(
             f"task.fn: got {fn!r}; expected one of {', '.join(BUNDLED)} or 'file.py:function'{nearest(fn, BUNDLED)}"
         )
+    arguments = {key: value for key, value in spec.items() if key != "fn"}
     bind(function, arguments, "task")
+    if "seed" in signature(function, "task.fn"):
+        arguments.setdefault("seed", seed)
     try:
         task = function(**arguments)
-    except TypeError as error:
-        raise UserError(f"task: {fn}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in may raise anything
+        raise UserError(f"task: {fn} raised {one_line(error)}") from error
     if not isinstance(task, Task):
-        raise UserError(f"task.fn: {fn!r} returned a {type(task).__name__}; expected a rl_backspace.tasks.Task")
+        raise UserError(f"task.fn: {fn!r} returned {type(task).__name__}; expected rl_backspace.tasks.Task")
     if not task.train or not task.test:
-        raise UserError(f"task: {len(task.train)} train and {len(task.test)} test rows; expected at least one of each")
+        counts = f"{len(task.train)} train and {len(task.test)} test rows"
+        raise UserError(f"task: {fn} gave {counts}; expected at least one of each")
+    for row in task.train + task.test:
+        if not isinstance(row.get("prompt"), str | list) or not isinstance(row.get("answer"), str):
+            raise UserError(
+                f"task: {fn} gave the row {str(row)[:80]}; "
+                "expected a 'prompt', text or chat messages, and an 'answer', text"
+            )
     return task

@@ -7,16 +7,18 @@ semantics the adapter was trained with, without which its tokens mean nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rl_backspace.backbone import Backbone
 from rl_backspace.config import Delete, Lora
-from rl_backspace.errors import UserError
+from rl_backspace.errors import UserError, first_line, nearest, one_line
 from rl_backspace.semantics import Rules, Unit
 
 EMBEDDED = Path(__file__).parent / "models"
@@ -38,12 +40,28 @@ class Policy:
     rules: Rules
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
-        """Token ids of prompts: text, or lists of chat messages."""
-        if prompts and isinstance(prompts[0], list):
-            return self.tokenizer.apply_chat_template(
+        """Token ids of prompts: text, or lists of chat messages.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or it refuses the messages; or there are both kinds.
+        """
+        kinds = {isinstance(prompt, list) for prompt in prompts}
+        if kinds == {False}:
+            return self.tokenizer(text=prompts)["input_ids"]
+        if len(kinds) > 1:
+            raise UserError("task: some prompts are text and some are chat messages; expected one kind")
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                "task: the prompts are chat messages, but the model's tokenizer has no chat template; "
+                "give prompts as text, or a model that was made for chat"
+            )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
                 prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        return self.tokenizer(text=prompts)["input_ids"]
+            )
+        except Exception as error:  # templates are programs of their own
+            raise UserError(f"task: the model's chat template refuses a prompt: {one_line(error)}") from error
+        return encoded["input_ids"]
 
     def text(self, visible: list[int]) -> str:
         """The text that a user reads."""
@@ -52,7 +70,19 @@ class Policy:
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder, save_embedding_layers=False)
         self.tokenizer.save_pretrained(folder)
-        (folder / SEMANTICS_FILE).write_text(json.dumps(_to_json(self.rules, self.tokenizer), indent=2) + "\n")
+        (folder / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
+
+    def _semantics(self) -> dict[str, Any]:
+        rules = self.rules
+        saved = {
+            "tokens": {self.tokenizer.convert_ids_to_tokens(index): unit for index, unit in rules.deletes.items()},
+            "memory": rules.memory,
+            "retry": rules.retry,
+            "boundaries": sorted(rules.boundaries),
+            "eos": sorted(rules.eos),
+        }
+        base = Path(self.model.name_or_path)
+        return {**saved, "model": base.name} if base.parent == EMBEDDED else saved  # its path differs elsewhere
 
 
 def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,19 +91,18 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UserError: it cannot be found or is no causal language model.
     """
-    embedded = EMBEDDED / model
-    source = str(embedded) if (embedded / "config.json").exists() else model
+    embedded = [path.parent.name for path in sorted(EMBEDDED.glob("*/config.json"))]
+    source = str(EMBEDDED / model) if model in embedded else model
+    advice = f"give an embedded model ({', '.join(embedded)}), a hub id or a local path"
+    hint = nearest(model, embedded)
+    if not Path(source).exists() and (hint or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
+        raise UserError(f"model: {model!r} is no folder{hint}; {advice}")  # without asking the hub
     try:
+        AutoConfig.from_pretrained(source)  # first, for its errors are the clearest
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         base = AutoModelForCausalLM.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        known = (
-            ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())) if EMBEDDED.exists() else ""
-        )
-        raise UserError(
-            f"model: {model!r} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); "
-            f"give an embedded model ({known}), a hub id or a local path"
-        ) from error
+    except Exception as error:  # a folder may hold anything, and each loader has errors of its own
+        raise UserError(f"model: {model!r} cannot be loaded ({first_line(error).rstrip('.')}); {advice}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
     if tokenizer.pad_token_id is None:
@@ -85,11 +114,13 @@ def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
     """A fresh policy: the base model, its delete tokens and an untrained adapter.
 
     Raises:
-        UserError: no such model, no spare row for a delete token, or a LoRA that scoring cannot see.
+        UserError: no such model, one that cannot rewind, no spare row for a delete token, or a LoRA that
+            scoring cannot see.
     """
     import peft
 
     base, tokenizer = load_base(model)
+    Backbone(base)  # refuses what cannot rewind, before LoRA finds something else amiss
     torch.manual_seed(seed)
     ids = {text: _add_token(text, base, tokenizer) for text in delete.tokens}
     rules = Rules(
@@ -112,8 +143,10 @@ def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
     )
     try:
         wrapped = peft.get_peft_model(base, adapter)
-    except ValueError as error:
-        raise UserError(f"lora: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"lora.target_modules: {lora.target_modules!r} does not fit {type(base).__name__}: {first_line(error)}"
+        ) from error
     return Policy(wrapped, tokenizer, rules)
 
 
@@ -128,21 +161,28 @@ def load(folder: Path, trainable: bool = False) -> Policy:
     try:
         saved = json.loads((folder / SEMANTICS_FILE).read_text())
         base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder}: no adapter of rl-backspace here ({error}); expected RUN/adapter") from error
-    base, _ = load_base(saved.get("model", base_name))
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    return Policy(model, tokenizer, _from_json(saved, tokenizer))
+        base, _ = load_base(saved.get("model", base_name))
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        rules = _from_json(saved, tokenizer)
+        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except UserError:
+        raise
+    except Exception as error:  # files that are missing, cut short or another project's
+        raise UserError(
+            f"{folder}: no whole adapter of rl-backspace here ({one_line(error)}); expected RUN/adapter"
+        ) from error
+    return Policy(model, tokenizer, rules)
 
 
 def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of a delete token: one that the vocabulary has already, or a spare row of the embedding."""
-    known = tokenizer.get_vocab().get(text)
-    if known is not None:
-        return known
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary:
+        if vocabulary[text] in _eos(base, tokenizer) | {tokenizer.pad_token_id}:
+            raise UserError(f"delete.tokens: {text!r} ends or pads answers already; name another token")
+        return vocabulary[text]
     rows = base.get_input_embeddings().weight.shape[0]
-    spare = max(tokenizer.get_vocab().values()) + 1
+    spare = max(vocabulary.values()) + 1
     if spare >= rows:
         raise UserError(
             f"delete.tokens: no spare row for {text!r}: the tokenizer uses all {rows} rows of the embedding; "
@@ -150,8 +190,8 @@ def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
     index = tokenizer.convert_tokens_to_ids(text)
-    if not isinstance(index, int) or index >= rows:
-        raise UserError(f"delete.tokens: {text!r} became row {index} of an embedding with {rows} rows")
+    if not isinstance(index, int) or index >= rows or index in vocabulary.values():
+        raise UserError(f"delete.tokens: {text!r} became row {index}, which is not a spare one of {rows}")
     with torch.no_grad():
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             used = embedding.weight[:spare].float()  # a fresh row: the mean of the used ones, and noise
@@ -185,16 +225,6 @@ def _boundaries(tokenizer: PreTrainedTokenizerBase, text: str) -> frozenset[int]
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _to_json(rules: Rules, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    return {
-        "tokens": {tokenizer.convert_ids_to_tokens(index): unit for index, unit in rules.deletes.items()},
-        "memory": rules.memory,
-        "retry": rules.retry,
-        "boundaries": sorted(rules.boundaries),
-        "eos": sorted(rules.eos),
-    }
 
 
 def _from_json(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rules:

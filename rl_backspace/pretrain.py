@@ -54,8 +54,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     tokenizer = character_tokenizer()
-    rows = [load_task({k: v for k, v in spec.items() if k != "weight"}, config.seed).train for spec in config.tasks]
-    weights = [float(spec.get("weight", 1.0)) for spec in config.tasks]
+    rows = [load_task(task.model_dump(exclude={"weight"}), config.seed).train for task in config.tasks]
+    weights = [task.weight for task in config.tasks]
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,

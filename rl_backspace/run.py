@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from rl_backspace.policy import Policy, create
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
 from rl_backspace.terms import Term, load_terms
-from rl_backspace.trainer import BackspaceGRPOTrainer
+from rl_backspace.trainer import BackspaceGRPOTrainer, reward_inputs, visible_completions
 from rl_backspace.warmup import warm_up
 
 GRPO_DEFAULTS: dict[str, Any] = {
@@ -36,6 +38,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+    "dataloader_pin_memory": False,
 }
 TRACES_PER_STEP = 8
 ACTIONS_PER_TOKEN = 3  # the default action budget, in answers
@@ -80,6 +83,8 @@ def prepare(config: Config, out: Path) -> Experiment:
     args.reward_weights = terms[1]
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), args)
     _check_lengths(experiment)
+    _check_prompts(experiment)
+    _check_terms(experiment)
     return experiment
 
 
@@ -117,10 +122,50 @@ def _check_lengths(experiment: Experiment) -> None:
             )
 
 
+def _check_prompts(experiment: Experiment) -> None:
+    """A generation batch draws distinct prompts; with fewer than that, TRL would train on nothing."""
+    args, available = experiment.args, len(experiment.task.train)
+    needed = args.generation_batch_size // args.num_generations
+    if available < needed:
+        raise UserError(
+            f"task: {available} train prompts, but one generation batch takes {needed} "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}); "
+            "lower trainer.per_device_train_batch_size or give more prompts"
+        )
+
+
+def _check_terms(experiment: Experiment) -> None:
+    """Call every reward once, on reference answers, so that a broken one shows before anything is trained."""
+    policy, rows = experiment.policy, experiment.task.train[:4]
+    rollouts = []
+    for row, prompt in zip(rows, policy.encode([row["prompt"] for row in rows]), strict=True):
+        ids = [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id]
+        rollouts.append(Rollout(prompt, ids, ids, [0.0] * len(ids), "eos", 0, len(ids)))
+    prompts = [row["prompt"] for row in rows]
+    inputs = {
+        "prompts": prompts,
+        "completions": visible_completions(rollouts, prompts, policy),
+        "completion_ids": [rollout.visible for rollout in rollouts],
+        "trainer_state": transformers.TrainerState(max_steps=max(1, experiment.args.max_steps)),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    entries = reward_inputs(rollouts, rows)
+    columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
+    for term in experiment.terms:
+        result = term(**inputs, **columns)
+        if inspect.isawaitable(result):
+            asyncio.run(_finish(result))
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
+
+
 def train(experiment: Experiment, out: Path) -> Path:
     """Run the experiment; the run folder.
 
-    Ctrl-C ends it after the current step: the adapter is kept, and KeyboardInterrupt is raised.
+    Whatever ends it early, the adapter is kept. Ctrl-C lets the current step end and raises KeyboardInterrupt.
     """
     started = time.time()
     config, policy = experiment.config, experiment.policy
@@ -146,7 +191,7 @@ def train(experiment: Experiment, out: Path) -> Path:
             policy.save(folder.adapter)
             _raise_if(stop.asked)
             measure("after")
-        except KeyboardInterrupt:
+        except BaseException:  # an interrupt, a reward that raises, a full disk: what was learned is kept
             policy.save(folder.adapter)
             raise
         summary = summarise(stages, trainer, time.time() - started)

@@ -1,22 +1,26 @@
 """Exact log-probabilities: every action of a trace in the context it was chosen in, by one forward pass.
 
-A flat prompt + trace is the wrong context from the first delete on. Here each trace takes as many slots as
-it has actions (`semantics.layout`): an action's slot stands for the context after it, attends to that
-context alone, and its output scores the next action. So shapes are those of any causal LM, and the layout
-depends on input_ids and attention_mask only: policy, old and reference log-probs follow from one function.
+A flat prompt + trace is the wrong context from the first delete on. Here each distinct context of a prompt
+becomes one slot (`semantics.layout`): it holds the token that made the context, attends to the context and
+itself, and its output scores every action that was chosen there. A delete goes back to a slot that is there
+already, and traces of the same prompt share the prompt and whatever they have in common, so there are never
+more slots than in TRL's own layout. Everything is a function of TRL's `input_ids` and `attention_mask`, so
+policy, old and reference log-probs follow from one function.
 
-Shapes: B traces, P prompt slots (left-padded), K action slots (right-padded), L = P + K, V token ids.
+Shapes: B traces of at most K actions; R rows of L slots are fed to the model, the prompt's in front; V token ids.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rl_backspace.backbone import attention_mask, causal_lm
-from rl_backspace.semantics import Budget, Rules, layout
+from rl_backspace.semantics import Budget, Layout, Rules, layout
+
+SHARED_SLOTS = 256  # a row takes traces of one prompt up to this many slots, or the prompt's own length
 
 
 @dataclass(frozen=True)
@@ -24,84 +28,117 @@ class Packed:
     """Traces ready for one forward pass.
 
     Attributes:
-        input_ids: (B, L) token ids to feed.
-        position_ids: (B, L).
-        allowed: (B, 1, L, L) bool, True where the slot of row i may attend to the slot of column j.
+        input_ids, position_ids: (R, L).
+        allowed: (R, 1, L, L) bool, True where the slot of row i may attend to the slot of column j.
+        keep: the last `keep` slots of each row choose actions: the prompt's end and what follows.
+        outputs: (U,) for each distinct choice, a slot with what was illegal there, its place among R * keep.
+        illegal: two index tensors (n,), choice and token id of each illegal action.
+        choices: (B, K) which choice each action was; 0 where a trace is shorter.
         actions: (B, K) the actions to score; padding where a trace is shorter.
-        illegal: three index tensors (n,), (n,), (n,): row, step and token id of each illegal action.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     allowed: Tensor
+    keep: int
+    outputs: Tensor
+    illegal: tuple[Tensor, Tensor]
+    choices: Tensor
     actions: Tensor
-    illegal: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class _Row:
+    """One prompt and the contexts behind it: a trie whose nodes are slots."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)  # -1: the prompt's end
+    depths: list[int] = field(default_factory=list)
+    slots: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, trace: Layout) -> list[int]:
+        """The slot of each of the trace's nodes; new ones only for contexts that no trace had yet."""
+        placed: list[int] = []
+        for token, node in zip(trace.tokens, trace.parents, strict=True):
+            parent = placed[node] if node >= 0 else -1
+            slot = self.slots.setdefault((parent, token), len(self.tokens))
+            if slot == len(self.tokens):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
+            placed.append(slot)
+        return placed
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, budget: Budget | None = None) -> Packed:
-    """Lay out prompts and traces, (B, L) with the traces in the last `steps` columns.
+    """Lay out prompts and traces, (B, P + K) with the traces in the last `steps` columns.
 
     Args:
         input_ids: left-padded prompts, then right-padded raw traces: TRL's `prompt_ids` and `completion_ids`.
-        attention_mask: (B, L), 1 for real tokens.
+        attention_mask: (B, P + K), 1 for real tokens.
         steps: K.
         rules, budget: what the traces were sampled under; together they fix which actions were legal.
 
     Raises:
         semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
     """
-    rows, length = input_ids.shape
-    device, start = input_ids.device, length - steps
-    ids, real = input_ids.cpu(), attention_mask.cpu().bool()
-    pads = (~real[:, :start]).sum(1)  # (B,)
-    packed = ids.clone()
-    positions = (torch.arange(length) - pads[:, None]).clamp(min=0)
-    parents = torch.arange(-1, steps - 1).repeat(rows, 1)  # (B, K); -1 is the prompt's end
-    at_prompt = torch.zeros(rows, steps, dtype=torch.bool)  # copies of the prompt's last token
-    banned: list[tuple[int, int, int]] = []
-    branches = False
-    for row in range(rows):
-        count = int(real[row, start:].sum())
-        trace = ids[row, start : start + count].tolist()
-        out = layout(trace, rules, budget)
-        banned += [(row, step, token) for step, tokens in enumerate(out.illegal) for token in tokens]
-        if not any(action in rules.deletes for action in trace):
-            continue
-        branches = True
-        last = int(ids[row, start - 1])
-        end = slice(start, start + count)
-        packed[row, end] = torch.tensor([last if token is None else token for token in out.tokens])
-        positions[row, end] = torch.tensor(out.positions) + start - pads[row]
-        parents[row, :count] = torch.tensor(out.parents)
-        at_prompt[row, :count] = torch.tensor([token is None for token in out.tokens])
+    start = input_ids.shape[1] - steps
+    rows: list[_Row] = []
+    open_row: dict[tuple[int, ...], int] = {}
+    found: dict[tuple[int, int, tuple[int, ...]], int] = {}  # (row, slot, illegal) -> choice
+    choices = []
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        prompt = tuple(token for token, real in zip(ids[:start], mask, strict=False) if real)
+        trace = layout([token for token, real in zip(ids[start:], mask[start:], strict=True) if real], rules, budget)
+        at = open_row.get(prompt, -1)
+        if at < 0 or len(rows[at].tokens) + len(trace.tokens) > max(SHARED_SLOTS, len(prompt)):
+            at = open_row[prompt] = len(rows)
+            rows.append(_Row(prompt))
+        placed = rows[at].add(trace)
+        choices.append(
+            [
+                found.setdefault((at, placed[node] if node >= 0 else -1, tuple(illegal)), len(found))
+                for node, illegal in zip(trace.anchors, trace.illegal, strict=True)
+            ]
+        )
+    device, keep = input_ids.device, 1 + max(len(row.tokens) for row in rows)
+    illegal_pairs = [(choice, token) for (_, _, tokens), choice in found.items() for token in tokens]
+    ids, positions, allowed = _lay_out(rows)
     return Packed(
-        packed.to(device),
+        ids.to(device),
         positions.to(device),
-        _allowed(real.to(device), parents.to(device), at_prompt.to(device), branches),
+        allowed.to(device),
+        keep,
+        torch.tensor([row * keep + slot + 1 for row, slot, _ in found], device=device),
+        tuple(torch.tensor(illegal_pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)),  # type: ignore[arg-type]
+        torch.tensor([made + [0] * (steps - len(made)) for made in choices], device=device),
         input_ids[:, start:],
-        tuple(torch.tensor(banned, dtype=torch.long, device=device).reshape(-1, 3).unbind(1)),  # type: ignore[arg-type]
     )
 
 
-def _allowed(real: Tensor, parents: Tensor, at_prompt: Tensor, branches: bool) -> Tensor:
-    """(B, 1, L, L) bool: each slot sees the prompt, its chain of parents and itself."""
-    rows, length = real.shape
-    steps = parents.shape[1]
-    start = length - steps
-    allowed = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().repeat(rows, 1, 1)
-    if branches:
-        chain = torch.zeros(rows, steps, steps + 1, dtype=torch.bool, device=real.device)  # column K: no parent
-        every = torch.arange(rows, device=real.device)
-        for step in range(steps):
-            if step:
-                parent = parents[:, step]
-                chain[:, step] = chain[every, parent] & (parent >= 0)[:, None]
-            chain[:, step, step] = True
-        allowed[:, start:, start:] = chain[:, :, :steps]
-        allowed[:, start:, start - 1] &= ~at_prompt
-    allowed &= real[:, None, :]
-    allowed |= torch.eye(length, dtype=torch.bool, device=real.device)  # a padded slot sees itself: no empty softmax
-    return allowed[:, None]
+def _lay_out(rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (R, L), positions (R, L) and mask (R, 1, L, L) of left-padded prompts and their tries."""
+    before, after = max(len(row.prompt) for row in rows), max(len(row.tokens) for row in rows)
+    ids, positions, parents = [], [], []
+    for row in rows:
+        left, right = before - len(row.prompt), after - len(row.tokens)
+        ids.append([0] * left + list(row.prompt) + row.tokens + [0] * right)
+        depths = [len(row.prompt) + depth for depth in row.depths]
+        positions.append([0] * left + list(range(len(row.prompt))) + depths + [0] * right)
+        parents.append(row.parents + [-1] * right)
+    chain = torch.eye(after, dtype=torch.bool).repeat(len(rows), 1, 1)
+    every, above = torch.arange(len(rows)), torch.tensor(parents, dtype=torch.long)
+    for slot in range(1, after):
+        chain[:, slot] |= chain[every, above[:, slot]] & (above[:, slot] >= 0)[:, None]
+    real = torch.arange(before) >= before - torch.tensor([len(row.prompt) for row in rows])[:, None]
+    allowed = torch.eye(before + after, dtype=torch.bool).repeat(
+        len(rows), 1, 1
+    )  # padding sees itself: no empty softmax
+    allowed[:, :before, :before] |= torch.ones(before, before, dtype=torch.bool).tril() & real[:, None, :]
+    allowed[:, before:, :before] = real[:, None, :]
+    allowed[:, before:, before:] = chain
+    return torch.tensor(ids), torch.tensor(positions), allowed[:, None]
 
 
 def score(
@@ -111,26 +148,25 @@ def score(
 
     `model` is called once, through its own forward, so that wrappers (PEFT, DDP, accelerate) do their work.
     """
-    steps = packed.actions.shape[1]
     logits = model(
         input_ids=packed.input_ids,
         attention_mask=attention_mask(causal_lm(model), packed.allowed),
         position_ids=packed.position_ids,
         use_cache=False,
-        logits_to_keep=steps + 1,
-    ).logits[:, :-1]
+        logits_to_keep=packed.keep,
+    ).logits
     return action_logprobs(logits, packed, temperature, entropy)
 
 
 def action_logprobs(
     logits: Tensor, packed: Packed, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (B, K) from logits (B, K, V), renormalised over the legal actions."""
-    logits = logits.float() / temperature
-    logits = logits.index_put(packed.illegal, logits.new_tensor(-torch.inf))
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(-1, packed.actions.unsqueeze(-1)).squeeze(-1)
+    """Log-probabilities (B, K) from logits (R, keep, V), renormalised over the legal actions."""
+    logits = logits.flatten(0, 1)[packed.outputs].float() / temperature  # (U, V)
+    logprobs = logits.index_put(packed.illegal, logits.new_tensor(-torch.inf)).log_softmax(-1)
+    chosen = logprobs[packed.choices, packed.actions]
     if not entropy:
         return chosen, None
     with torch.no_grad():
-        return chosen, -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
+        entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
+        return chosen, entropies[packed.choices]

@@ -201,39 +201,46 @@ def unlimited(trace: Sequence[int]) -> Budget:
 
 @dataclass(frozen=True)
 class Layout:
-    """A trace laid out flat, one slot per action, so that slot t stands for the context *after* action t.
+    """A trace as the tree of its contexts, for scoring all of its actions at once.
 
-    Slot t attends to its `parents` chain, to the prompt and to itself. A delete after which nothing enters
-    the context becomes a second copy of its new anchor, which stands beside the anchor and does not see it.
+    Each token that entered the context and from which something was chosen is a node; a context is a node
+    with its chain of parents. A delete that only shrinks the context goes back to a node that is there.
 
-    Attributes (each of length T = len(trace)):
-        tokens: the token to feed, None for a copy of the prompt's last token.
-        positions: position relative to the answer's first token; -1 is the prompt's last token.
-        parents: the slot before this one in its context, -1 for the prompt's end.
-        illegal: token ids that were illegal when action t was chosen.
+    Attributes:
+        tokens: the token of each node.
+        parents: the node before each node in its context, -1 for the prompt's end. Parents come first.
+        anchors: for each action, the node whose logits chose it, -1 for the prompt's end.
+        illegal: for each action, the token ids that were illegal.
     """
 
-    tokens: list[int | None]
-    positions: list[int]
+    tokens: list[int]
     parents: list[int]
+    anchors: list[int]
     illegal: list[list[int]]
 
 
 def layout(trace: Sequence[int], rules: Rules, budget: Budget | None = None) -> Layout:
-    """Where and in which context each action of a trace was chosen; see `Layout`.
+    """The contexts in which the actions of a trace were chosen; see `Layout`.
 
     Raises:
         IllegalAction: the rules or the budget forbid one of its actions.
     """
     out = Layout([], [], [], [])
     machine = Machine(rules, budget or unlimited(trace))
-    for action in trace:
+    node_of: dict[int, int] = {}  # index into the trace -> node
+    anchor = -1
+    for step, action in enumerate(trace):
+        out.anchors.append(anchor)
         out.illegal.append(machine.illegal())
-        machine.step(action)
+        enters = machine.step(action)
+        if step + 1 == len(trace):
+            break  # nothing is chosen from the last context
         path = machine.path
-        out.tokens.append(trace[path[-1]] if path else None)
-        out.positions.append(len(path) - 1)
-        out.parents.append(path[-2] if len(path) > 1 else -1)
+        if enters is not None:
+            node_of[step] = len(out.tokens)
+            out.tokens.append(enters)
+            out.parents.append(node_of[path[-2]] if len(path) > 1 else -1)
+        anchor = node_of[path[-1]] if path else -1
     return out
 
 

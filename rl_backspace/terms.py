@@ -12,26 +12,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rl_backspace.config import Reward
-from rl_backspace.errors import UserError
-from rl_backspace.plugins import bind, resolve
+from rl_backspace.errors import UserError, nearest, one_line
+from rl_backspace.plugins import bind, resolve, signature
 from rl_backspace.semantics import Rules
 from rl_backspace.tasks import Task
 
 Term = Callable[..., Any]
+FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+INPUTS = (*FROM_TRL, "rows", "actions", "deletes", "ends", "task", "rules")
+"""What a function may ask for by name, besides the task's columns."""
 
 
-def load_terms(rewards: Mapping[str, Reward], task: Task, rules: Rules) -> tuple[list[Term], list[float]]:
+def load_terms(rewards: Mapping[str, Reward], task: Task | None, rules: Rules | None) -> tuple[list[Term], list[float]]:
     """The terms and their weights, in the file's order. A function that asks for `task` or `rules` gets them.
 
     Raises:
         UserError: every function that cannot be loaded or does not take its kwargs, a line each.
     """
-    terms, problems = [], []
+    terms: list[Term] = []
+    problems = [
+        f"task: a column is called {column!r}, by which rewards know something else; rename it"
+        for column in (task.train[0] if task else ())
+        if column in FROM_TRL
+    ]
     for name, reward in rewards.items():
         where = f"rewards.{name}"
         try:
             function = resolve(reward.fn, f"{where}.fn", bundled="rl_backspace.rewards")
             bind(function, reward.kwargs, f"{where}.kwargs")
+            if task is not None:
+                _check_inputs(function, reward, task, where)
             terms.append(make_term(name, function, reward, {"task": task, "rules": rules}))
         except UserError as error:
             problems.append(str(error))
@@ -40,13 +50,26 @@ def load_terms(rewards: Mapping[str, Reward], task: Task, rules: Rules) -> tuple
     return terms, [reward.weight for reward in rewards.values()]
 
 
+def _check_inputs(function: Callable[..., Any], reward: Reward, task: Task, where: str) -> None:
+    """Refuse a function that cannot be called because it asks for what nobody gives it."""
+    known = [*INPUTS, *task.train[0], *reward.kwargs]
+    for name, parameter in signature(function, f"{where}.fn").items():
+        optional = parameter.default is not parameter.empty
+        if optional or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in known:
+            continue
+        raise UserError(
+            f"{where}: {reward.fn} asks for {name!r}, which is no column of the task{nearest(name, known)}; "
+            f"there are {', '.join(dict.fromkeys(known))}"
+        )
+
+
 def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: Mapping[str, Any]) -> Term:
     """A function in TRL's signature, called `name`, sync or async as the plug-in is."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def arguments(inputs: dict[str, Any]) -> dict[str, Any]:
-        everything = {**shared, **inputs, **reward.kwargs}
+        everything = {**inputs, **shared, **reward.kwargs}  # in this order: a column may be called "task"
         return everything if takes_all else {key: value for key, value in everything.items() if key in parameters}
 
     def checked(values: Any, inputs: dict[str, Any]) -> list[float | None]:
@@ -79,7 +102,7 @@ def is_async_callable(function: Callable[..., Any]) -> bool:
 
 
 def _raised(name: str, fn: str, error: Exception) -> UserError:
-    return UserError(f"rewards.{name}: {fn} raised {type(error).__name__}: {error}")
+    return UserError(f"rewards.{name}: {fn} raised {one_line(error)}")
 
 
 def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | None]:

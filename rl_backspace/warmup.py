@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rl_backspace.config import Config
 from rl_backspace.corrections import Correction, Corrector
@@ -33,22 +33,27 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "disable_tqdm": True,
     "report_to": "none",
+    "dataloader_pin_memory": False,
 }
 
 
 class Corrections(Dataset):
-    """`size` examples, each made afresh from its own seed: the same index gives the same example."""
+    """`size` prompts with a group of corrections each, made from a seed of their own: the same index, the same
+    corrections. A group shares its prompt's slots (`scoring`), so more corrections of a prompt cost little."""
 
-    def __init__(self, corrector: Corrector, rows: list[Row], prompts: list[list[int]], size: int, seed: int):
-        self.corrector, self.rows, self.prompts, self.size, self.seed = corrector, rows, prompts, size, seed
+    def __init__(
+        self, corrector: Corrector, rows: list[Row], prompts: list[list[int]], size: int, group: int, seed: int
+    ):
+        self.corrector, self.rows, self.prompts = corrector, rows, prompts
+        self.size, self.group, self.seed = size, group, seed
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> tuple[list[int], Correction]:
+    def __getitem__(self, index: int) -> list[tuple[list[int], Correction]]:
         rng = random.Random(f"{self.seed}/{index}")
         chosen = rng.randrange(len(self.rows))
-        return self.prompts[chosen], self.corrector.make(self.rows[chosen], rng)
+        return [(self.prompts[chosen], self.corrector.make(self.rows[chosen], rng)) for _ in range(self.group)]
 
 
 class WarmupTrainer(Trainer):
@@ -66,8 +71,9 @@ class WarmupTrainer(Trainer):
         super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
         self.model_accepts_loss_kwargs = False
 
-    def collate(self, examples: list[tuple[list[int], Correction]]) -> dict[str, Tensor]:
+    def collate(self, groups: list[list[tuple[list[int], Correction]]]) -> dict[str, Tensor]:
         """TRL's shapes: prompts padded on the left, traces on the right."""
+        examples = [example for group in groups for example in group]
         before = max(len(prompt) for prompt, _ in examples)
         after = max(len(correction.actions) for _, correction in examples)
         ids = torch.full((len(examples), before + after), self.pad, dtype=torch.long)
@@ -118,6 +124,7 @@ def warm_up(
     size = config.warmup.steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     corrector = make_corrector(policy, task, budget, config)
     prompts = policy.encode([row["prompt"] for row in task.train])
-    dataset = Corrections(corrector, task.train, prompts, size, config.seed)
+    dataset = Corrections(corrector, task.train, prompts, size, config.warmup.group, config.seed)
     trainer = WarmupTrainer(policy, budget, args, dataset, callbacks)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()

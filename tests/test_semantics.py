@@ -68,20 +68,22 @@ def test_replay_equals_a_naive_machine_at_every_step(game: tuple[Rules, Budget, 
 
 @settings(max_examples=300, deadline=None)
 @given(games())
-def test_layout_gives_every_slot_the_context_after_its_action(game: tuple[Rules, Budget, list[int]]) -> None:
+def test_layout_finds_every_action_in_its_context(game: tuple[Rules, Budget, list[int]]) -> None:
     played, budget, trace = game
     out = layout(trace, played, budget)
-    naive = Naive(played, budget)
-    for slot, action in enumerate(trace):
-        assert set(out.illegal[slot]) == naive.forbidden()
-        naive.press(action)
-        chain, at = [], slot
-        while at != -1 and out.tokens[at] is not None:
-            chain.append(out.tokens[at])
-            at = out.parents[at]
+    naive, entered = Naive(played, budget), 0
+    for step, action in enumerate(trace):
+        assert set(out.illegal[step]) == naive.forbidden()
+        chain, node = [], out.anchors[step]
+        while node != -1:
+            chain.append(out.tokens[node])
+            assert out.parents[node] < node
+            node = out.parents[node]
         assert chain[::-1] == naive.context()
-        assert out.positions[slot] == len(naive.context()) - 1
-        assert (out.tokens[slot] is None) == (not naive.context())
+        before = naive.context()
+        naive.press(action)
+        entered += naive.context() != before[: len(naive.context())] and step + 1 < len(trace)
+    assert len(out.tokens) == len(out.parents) == entered
 
 
 @settings(max_examples=200, deadline=None)

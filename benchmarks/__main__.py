@@ -1,0 +1,59 @@
+"""`python -m benchmarks`: every ratio beside its goal."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import report
+from benchmarks.cases import CASES, Setting
+from benchmarks.measure import compare
+from benchmarks.models import SIZES
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which to run: {', '.join(CASES)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=9, help="measured pairs per case, at least 2 (default 9)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results (default: one by date in results/)")
+    for name, default in (("batch", 64), ("prompt", 32), ("actions", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", choices=sorted(SIZES), default="1m")
+    given = parser.parse_args()
+    unknown = sorted(set(given.cases) - set(CASES))
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if given.repeats < 2:
+        parser.error(f"--repeats is {given.repeats}; a spread needs at least 2")
+    return given
+
+
+def main() -> None:
+    given, console = arguments(), Console()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    setting = Setting(given.size, given.batch, given.prompt, given.actions)
+    results = {}
+    with Progress(console=console, transient=True) as progress:
+        for key in given.cases or CASES:
+            case = CASES[key]
+            bar = progress.add_task(f"{case.name} / {case.peer}", total=given.repeats)
+            ours, peer = case.setup(setting)
+            compared = compare(ours, peer, given.repeats, lambda done, bar=bar: progress.update(bar, completed=done))
+            results[key] = report.Result(case, compared)
+    report.table(list(results.values()), setting, console)
+    path = given.out or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{given.size}-{torch.get_num_threads()}t.json"
+    report.write(results, setting, path)
+    console.print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

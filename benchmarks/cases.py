@@ -1,0 +1,124 @@
+"""What is measured: each case sets up both sides, checks that they do the same work, and has a goal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import models, peers
+from benchmarks.measure import Side
+from rl_backspace.engine import Engine
+from rl_backspace.scoring import pack, score
+from rl_backspace.semantics import Budget, Rules
+
+RULES = Rules({models.DELETE: "token"}, eos=frozenset())  # nothing ends an answer early
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The axes along which cost grows.
+
+    Args:
+        size: which model of `models.SIZES`.
+        batch: rollouts side by side.
+        prompt, actions: tokens and actions of each.
+        deletes: probability of a delete wherever one is legal.
+    """
+
+    size: str = "1m"
+    batch: int = 64
+    prompt: int = 32
+    actions: int = 64
+    deletes: float = 0.2
+
+    @property
+    def context(self) -> int:
+        return self.prompt + self.actions
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two sides to compare: `setup(setting)` makes them; `goal` is the least ratio of ours to the peer's rate."""
+
+    name: str
+    peer: str
+    goal: float
+    setup: Callable[[Setting], tuple[Side, Side]]
+
+
+def rollouts_without_deletes(setting: Setting) -> tuple[Side, Side]:
+    """Deletes blocked, against `model.generate`: same prompts, same lengths, both sampling."""
+    model = models.make(setting.size, 0.0, setting.context)
+    prompts = models.prompts(setting.batch, setting.prompt)
+    engine, listed = Engine(model, RULES, rows=setting.batch), prompts.tolist()
+
+    def ours() -> int:
+        rollouts = engine.run(listed, Budget(setting.actions, deletes=0))
+        return sum(len(rollout.visible) for rollout in rollouts)
+
+    def peer() -> int:
+        return peers.generate(model, prompts, setting.actions).numel()
+
+    expect(ours() == peer() == setting.batch * setting.actions, "both sides produce as many tokens")
+    return ours, peer
+
+
+def rollouts_with_deletes(setting: Setting, alone: int = 2) -> tuple[Side, Side]:
+    """Against a loop that recomputes its context for each action, one sequence at a time, `alone` of the prompts."""
+    model = models.make(setting.size, setting.deletes, setting.context)
+    prompts = models.prompts(setting.batch, setting.prompt).tolist()
+    engine = Engine(model, RULES, rows=setting.batch)
+    budget = Budget(answer=setting.actions, actions=setting.actions)
+
+    def ours() -> int:
+        return sum(len(rollout.actions) for rollout in engine.run(prompts, budget))
+
+    def peer() -> int:
+        return sum(len(peers.recompute(model, prompt, setting.actions)) for prompt in prompts[:alone])
+
+    rollouts = engine.run(prompts, budget)
+    share = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
+    expect(abs(share - setting.deletes) < 0.05, f"{setting.deletes:.0%} of the actions are deletes (got {share:.0%})")
+    return ours, peer
+
+
+def packed_scoring(setting: Setting, apart: int = 4, chunk: int = 64) -> tuple[Side, Side]:
+    """Forward and backward over all traces, against each prefix on its own, `chunk` at a time, `apart` of the traces."""
+    model = models.make(setting.size, setting.deletes, setting.context)
+    prompts = models.prompts(setting.batch, setting.prompt).tolist()
+    budget = Budget(answer=setting.actions, actions=setting.actions)
+    rollouts = Engine(model, RULES, rows=setting.batch).run(prompts, budget)
+    traces = [rollout.actions for rollout in rollouts]
+    ids = torch.tensor([prompt + trace for prompt, trace in zip(prompts, traces, strict=True)])
+    real = torch.ones_like(ids)
+
+    def ours() -> int:
+        model.zero_grad()
+        logprobs, _ = score(model, pack(ids, real, setting.actions, RULES, budget))
+        logprobs.sum().backward()
+        return logprobs.numel()
+
+    def peer() -> int:
+        model.zero_grad()
+        return peers.score_prefixes(model, prompts[:apart], traces[:apart], chunk).numel()
+
+    with torch.no_grad():
+        packed, _ = score(model, pack(ids[:apart], real[:apart], setting.actions, RULES, budget))
+        gap = (packed.flatten() - peers.score_prefixes(model, prompts[:apart], traces[:apart], chunk, grad=False)).abs()
+    expect(gap.max().item() < 1e-4, f"both sides give the same log-probabilities (largest gap {gap.max().item():.1g})")
+    return ours, peer
+
+
+def expect(holds: bool, what: str) -> None:
+    """Refuse to time two sides that do not do the same."""
+    if not holds:
+        raise RuntimeError(f"not a fair comparison; expected that {what}")
+
+
+CASES = {
+    "generate": Case("rollouts, no deletes", "model.generate", 1.0, rollouts_without_deletes),
+    "recompute": Case("rollouts, 20 % deletes", "loop that recomputes its context", 30.0, rollouts_with_deletes),
+    "prefixes": Case("packed scoring, 20 % deletes", "every prefix apart", 10.0, packed_scoring),
+}

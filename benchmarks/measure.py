@@ -1,0 +1,68 @@
+"""Time two sides in turn, so that what else the machine does falls on both."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Side = Callable[[], int]
+"""Does some work and says how much, in the case's unit (actions)."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One side's repeats.
+
+    Attributes:
+        work: units of work in each repeat.
+        wall, cpu: seconds of each repeat; cpu is the whole process's.
+    """
+
+    work: list[int]
+    wall: list[float]
+    cpu: list[float]
+
+    def rates(self, clock: str = "wall") -> list[float]:
+        """Units of work per second, repeat by repeat."""
+        return [work / seconds for work, seconds in zip(self.work, getattr(self, clock), strict=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    ours: Timing
+    peer: Timing
+
+    def ratios(self, clock: str = "wall") -> list[float]:
+        """Our rate over the peer's, pair by pair: neighbours in time share the machine's mood."""
+        return [a / b for a, b in zip(self.ours.rates(clock), self.peer.rates(clock), strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios())
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The ratios' first and third quartile."""
+        quartiles = statistics.quantiles(self.ratios(), n=4, method="inclusive")
+        return quartiles[0], quartiles[2]
+
+
+def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[int], None] = lambda done: None) -> Comparison:
+    """Run both sides once unmeasured, then `repeats` (at least 2) times each, who goes first changing each time."""
+    sides = {"ours": ours, "peer": peer}
+    timings = {name: Timing([], [], []) for name in sides}
+    for side in sides.values():
+        side()
+    for repeat in range(repeats):
+        for name in sorted(sides, reverse=bool(repeat % 2)):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            work = sides[name]()
+            timings[name].wall.append(time.perf_counter() - wall)
+            timings[name].cpu.append(time.process_time() - cpu)
+            timings[name].work.append(work)
+        on_pair(repeat + 1)
+    return Comparison(timings["ours"], timings["peer"])

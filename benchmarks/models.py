@@ -1,0 +1,41 @@
+"""Models made here from a config: random weights, a chosen share of deletes, any size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+SIZES = {"1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}}
+VOCAB, PAD, EOS, DELETE = 128, 0, 1, 127
+
+
+def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedModel:
+    """A Llama that deletes with probability `deletes` wherever it may, and hardly prefers one token to another.
+
+    With random weights all logits are near 0, so a bias on one output row sets its probability.
+    """
+    torch.manual_seed(seed)
+    shape = SIZES[size]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            intermediate_size=4 * shape["hidden_size"],
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+            **shape,
+        )
+    )
+    if deletes:
+        bias = torch.zeros(VOCAB)
+        bias[DELETE] = torch.tensor(deletes / (1 - deletes) * (VOCAB - 1)).log()
+        model.lm_head.bias = nn.Parameter(bias)
+    return model.eval()
+
+
+def prompts(rows: int, length: int, seed: int = 1) -> Tensor:
+    """Random prompts (rows, length), all different, without special tokens."""
+    return torch.randint(2, DELETE, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,87 @@
+"""What one would write without this project: the other side of each case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from benchmarks.models import DELETE, PAD
+
+
+def generate(model: PreTrainedModel, prompts: Tensor, answer: int) -> Tensor:
+    """`model.generate`, sampling `answer` tokens for every row (B, P): no end-of-sequence, so lengths are equal."""
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=answer, pad_token_id=PAD, eos_token_id=None
+    )
+    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+    return out[:, prompts.shape[1] :]
+
+
+@torch.no_grad()
+def recompute(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
+    """A trace of `actions` actions, one sequence, the whole context computed again for each; deletes take one token."""
+    visible: list[int] = []
+    trace: list[int] = []
+    while len(trace) < actions:
+        context = torch.tensor([prompt + visible])
+        logits = model(input_ids=context, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        if not visible or len(trace) + 1 == actions:
+            logits[DELETE] = -torch.inf
+        action = int(torch.multinomial(logits.softmax(-1), 1))
+        trace.append(action)
+        if action == DELETE:
+            visible.pop()
+        else:
+            visible.append(action)
+    return trace
+
+
+def contexts(prompt: list[int], trace: list[int]) -> Iterator[list[int]]:
+    """The token ids that each action of a trace was chosen after."""
+    visible: list[int] = []
+    for action in trace:
+        yield prompt + visible
+        if action == DELETE:
+            visible.pop()
+        else:
+            visible.append(action)
+
+
+def score_prefixes(
+    model: PreTrainedModel, prompts: list[list[int]], traces: list[list[int]], chunk: int, grad: bool = True
+) -> Tensor:
+    """Log-probability of every action, each context a sequence of its own; gradients add up in the model.
+
+    Sequences are sorted by length and padded on the left, `chunk` to a forward pass, so that little is padding.
+    A delete is illegal after the bare prompt and as the last action, as in rollouts with a budget of actions.
+    """
+    work = [
+        (context, action, len(context) == len(prompt) or step + 1 == len(trace))
+        for prompt, trace in zip(prompts, traces, strict=True)
+        for step, (context, action) in enumerate(zip(contexts(prompt, trace), trace, strict=True))
+    ]
+    order = sorted(range(len(work)), key=lambda i: len(work[i][0]))
+    out = torch.empty(len(work))
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        longest = len(work[part[-1]][0])
+        ids = torch.tensor([[PAD] * (longest - len(work[i][0])) + work[i][0] for i in part])
+        mask = torch.tensor([[0] * (longest - len(work[i][0])) + [1] * len(work[i][0]) for i in part])
+        with torch.set_grad_enabled(grad):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            blocked = torch.tensor([i for i, j in enumerate(part) if work[j][2]], dtype=torch.long)
+            logits = logits.float().index_put((blocked, torch.tensor(DELETE)), torch.tensor(-torch.inf))
+            chosen = logits.log_softmax(-1).gather(1, torch.tensor([[work[i][1]] for i in part]))[:, 0]
+            if grad:
+                chosen.sum().backward()
+        out[torch.tensor(part)] = chosen.detach()
+    return out

@@ -1,0 +1,103 @@
+"""Results as a table for people and as JSON with the machine they hold for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import Case, Setting
+from benchmarks.measure import Comparison
+
+
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    comparison: Comparison
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.comparison.ratio >= self.case.goal else "miss"
+
+
+def table(results: list[Result], setting: Setting, console: Console) -> None:
+    out = Table(
+        title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
+        f"{torch.get_num_threads()} thread(s)",
+        caption="rates in actions per second; ratio: median over repeats; spread: its quartiles",
+    )
+    for name in ("ours", "peer"):
+        out.add_column(name)
+    for name in ("our rate", "peer's rate", "ratio", "spread", "goal"):
+        out.add_column(name, justify="right")
+    out.add_column("")
+    for result in results:
+        compared, (low, high) = result.comparison, result.comparison.spread
+        work = [sum(side.work) / sum(side.wall) for side in (compared.ours, compared.peer)]
+        out.add_row(
+            result.case.name,
+            result.case.peer,
+            f"{work[0]:,.0f}",
+            f"{work[1]:,.0f}",
+            f"{compared.ratio:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{result.case.goal:g}",
+            f"[green]{result.verdict}" if result.verdict == "ok" else f"[red]{result.verdict}",
+        )
+    console.print(out)
+
+
+def write(results: dict[str, Result], setting: Setting, path: Path) -> None:
+    """Append nothing, overwrite nothing but `path`: every repeat's work and seconds, the machine, the versions."""
+    content = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("rl-backspace", "torch", "transformers", "trl", "peft")},
+        "setting": asdict(setting),
+        "cases": {
+            key: {
+                "ours": result.case.name,
+                "peer": result.case.peer,
+                "goal": result.case.goal,
+                "ratio": result.comparison.ratio,
+                "spread": result.comparison.spread,
+                "verdict": result.verdict,
+                "ratios": result.comparison.ratios(),
+                "ratios_cpu": result.comparison.ratios("cpu"),
+                "timings": asdict(result.comparison),
+            }
+            for key, result in results.items()
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import random
+import re
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.text import Text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rl_backspace.display import console, results_table, strike
+from rl_backspace.pretrain import character_tokenizer
+from rl_backspace.semantics import Budget, Machine, Memory, Retry, Rules, Unit
+
+TOKENIZER = character_tokenizer()
+EOS = TOKENIZER.eos_token_id
+BACK, CLEAR = 200, 201
+
+
+def rules(memory: Memory = "erase", retry: Retry = "free") -> Rules:
+    deletes: dict[int, Unit] = {BACK: "token", CLEAR: "answer"}
+    return Rules(deletes, frozenset([EOS]), memory, retry)
+
+
+def typed(text: str) -> list[int]:
+    """A trace from text: < is one token back, ! clears the answer, $ ends it."""
+    special = {"<": BACK, "!": CLEAR, "$": EOS}
+    return [special[c] if c in special else TOKENIZER.convert_tokens_to_ids(c) for c in text]
+
+
+def spans(line: Text) -> list[tuple[str, bool]]:
+    """Text and whether it is struck through, run by run."""
+    return [(line.plain[span.start : span.end], "strike" in str(span.style)) for span in line.spans]
+
+
+def visible_text(machine: Machine) -> str:
+    return "".join("⏎" if token == EOS else TOKENIZER.decode([token]) for token in machine.visible)
+
+
+@pytest.mark.parametrize(
+    ("trace", "marked"),
+    [
+        ("12$", "12⏎"),
+        ("1<2$", "~~1~~2⏎"),
+        ("12<<3$", "~~12~~3⏎"),
+        ("12<3<4$", "1~~23~~4⏎"),
+        ("12!3", "~~12~~3"),
+        ("12!", "~~12~~"),
+        ("1<1<", "~~11~~"),
+        ("", ""),
+    ],
+)
+def test_deleted_text_is_struck_through(trace: str, marked: str) -> None:
+    assert strike(typed(trace), TOKENIZER, rules(), marks=True).plain == marked
+    plain = strike(typed(trace), TOKENIZER, rules(), before="q: ")
+    assert plain.plain == "q: " + marked.replace("~~", "")
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(get_args(Memory)), st.sampled_from(get_args(Retry)))
+def test_what_is_not_struck_is_what_is_visible(seed: int, memory: Memory, retry: Retry) -> None:
+    """And everything that was typed is shown, in the order it was typed in."""
+    rng = random.Random(seed)
+    machine = Machine(rules(memory, retry), Budget(answer=8, actions=24))
+    while machine.end is None:
+        legal = [a for a in (*range(10, 16), EOS, BACK, BACK, CLEAR) if a not in machine.illegal()]
+        if not legal:
+            break
+        machine.step(rng.choice(legal))
+    runs = spans(strike(machine.trace, TOKENIZER, machine.rules))
+    assert "".join(text for text, struck in runs if not struck) == visible_text(machine)
+    everything = [token for token in machine.trace if token not in machine.rules.deletes]
+    shown = "".join("⏎" if token == EOS else TOKENIZER.decode([token]) for token in everything)
+    assert "".join(text for text, _ in runs) == shown
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece has it: the space belongs to the word, and decoding drops the first one."""
+    words = ["<unk>", "<eos>", "▁the", "▁cat", "▁dog", "s"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_spaces_between_tokens_stay() -> None:
+    the, cat, dog, s = 2, 3, 4, 5
+    line = strike([the, cat, s, BACK, BACK, dog, 1], spaced_tokenizer(), rules(), marks=True)
+    assert line.plain == "the~~ cats~~ dog⏎"
+
+
+def test_a_character_of_several_tokens_is_whole() -> None:
+    """Byte-level tokenizers split a character over tokens; half of one has no text of its own."""
+    alphabet = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    ids = fast("é").input_ids
+    assert len(ids) == 2
+    x = fast("x").input_ids[0]
+    plain = Rules({900: "token"}, frozenset([fast.eos_token_id]))
+    assert strike([x, *ids], fast, plain, marks=True).plain == "xé"
+    assert strike([x, *ids, 900, 900, *ids], fast, plain, marks=True).plain == "x~~é~~é"
+
+
+def printed(thing: Any, width: int = 120) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, highlight=False, markup=False).print(thing)
+    return stream.getvalue()
+
+
+def test_the_consoles_text_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    for prompt in ("[red]x", "[/x]", "a[b]c[0]"):
+        console.print(f"{prompt} ", strike(typed("1<2$"), TOKENIZER, rules(), prompt))
+        assert capsys.readouterr().out.count(prompt) == 2
+
+
+def result(accuracy: float, deletes: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1], "deletes_per_answer": deletes}
+
+
+def test_the_table_has_a_row_for_each_stage_and_token() -> None:
+    stages = {
+        "before": {"allowed": {"sampled": result(0.123, 0.456), "greedy": result(0.7, 1.5)}},
+        "after": {
+            "allowed": {"sampled": result(0.8, 0.25), "greedy": result(0.9, 2.0)},
+            "blocked": {"sampled": result(0.5, 0.0), "greedy": result(0.6, 0.0)},
+        },
+    }
+    rows = [re.findall(r"[\w.–-]+", line) for line in printed(results_table(stages)).splitlines() if "%" in line][1:]
+    assert rows == [
+        ["before", "allowed", "12.3", "2.3–22.3", "70.0", "60.0–80.0", "0.46", "1.50"],
+        ["after", "allowed", "80.0", "70.0–90.0", "90.0", "80.0–100.0", "0.25", "2.00"],
+        ["after", "blocked", "50.0", "40.0–60.0", "60.0", "50.0–70.0", "0.00", "0.00"],
+    ]

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import CHARACTERS, checkpoint
+from conftest import tiny
+from peft import AutoPeftModelForCausalLM, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rl_backspace.config import Delete, Lora
+from rl_backspace.errors import UserError
+from rl_backspace.policy import EMBEDDED, Policy, create, load, load_base
+from rl_backspace.pretrain import character_tokenizer
+from rl_backspace.semantics import Rules
+
+LORA = Lora(r=4, alpha=8)
+CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+
+
+def policy(folder: Path, delete: Delete | None = None, **options: Any) -> Policy:
+    return create(str(checkpoint(folder, **options)), delete or Delete(), LORA, seed=0)
+
+
+def rows_of(made: Policy) -> dict[str, Tensor]:
+    """Copies of both embeddings as the model uses them, the adapter's rows included."""
+    made.model.eval()
+    base = made.model.get_base_model()
+    ids = torch.arange(base.config.get_text_config().vocab_size)
+    hidden = torch.eye(base.config.hidden_size)[None]
+    with torch.no_grad():
+        return {
+            "in": base.get_input_embeddings()(ids).clone(),
+            "out": base.get_output_embeddings()(hidden)[0].T.clone(),
+        }
+
+
+def disturb(made: Policy) -> None:
+    """Change everything that training could have changed."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def everything(made: Policy) -> Tensor:
+    """One sequence with every token of the vocabulary that is in use."""
+    return torch.arange(len(made.tokenizer))[None]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fresh_token_takes_a_spare_row_and_touches_no_other(tied: bool, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, spare=3, tie_word_embeddings=tied)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    made = create(str(folder), Delete(), LORA, seed=0)
+    (token,) = made.rules.deletes
+    assert token == CHARACTERS
+    assert made.model.get_input_embeddings().weight.shape[0] == CHARACTERS + 3  # never resized
+    for embedding, old in zip(
+        rows_of(made).values(), (before.get_input_embeddings(), before.get_output_embeddings()), strict=True
+    ):
+        others = torch.arange(CHARACTERS + 3) != token
+        assert torch.equal(embedding[others], old.weight[others])
+        # near the middle of the used rows: neither certain nor unheard of before the first step
+        used = old.weight[:CHARACTERS]
+        assert (embedding[token] - used.mean(0)).norm() < (used - used.mean(0)).norm(dim=1).median()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_training_step_moves_the_tokens_rows_and_no_other(tied: bool, family: str, tmp_path: Path) -> None:
+    made = policy(tmp_path, family=family, tie_word_embeddings=tied)
+    (token,) = made.rules.deletes
+    before = rows_of(made)
+    made.model.train()
+    optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.tensor([[5, 6, token, 7, token]])
+    torch.manual_seed(0)
+    made.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, after in rows_of(made).items():
+        moved = (after != before[name]).any(dim=1).nonzero().flatten().tolist()
+        assert moved == [token], name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_adapter_loads_with_equal_logits_here_and_in_plain_peft(
+    tied: bool, family: str, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", family=family, tie_word_embeddings=tied)
+    delete = Delete(tokens={"<|undo|>": "line", "<|back|>": 3}, memory="hint", retry="free")
+    made = create(str(base), delete, LORA, seed=0)
+    disturb(made)
+    folder = tmp_path / "adapter"
+    made.save(folder)
+    ids = everything(made)
+    expected = logits(made.model, ids)
+
+    loaded = load(folder)
+    assert loaded.rules == made.rules
+    assert torch.equal(logits(loaded.model, ids), expected)
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    auto = AutoPeftModelForCausalLM.from_pretrained(str(folder))
+    for model in (plain, auto):
+        assert torch.equal(logits(model, ids), expected)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in delete.tokens:
+        index = tokenizer.convert_tokens_to_ids(text)
+        assert loaded.rules.deletes[index] == delete.tokens[text]
+        assert tokenizer(f"1{text}2").input_ids == [*tokenizer("1").input_ids, index, *tokenizer("2").input_ids]
+    # rounding, not equality: the update is added to the weights
+    torch.testing.assert_close(logits(plain.merge_and_unload(), ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_loaded_copy_that_is_to_be_trained_has_gradients(tmp_path: Path) -> None:
+    policy(tmp_path / "base").save(tmp_path / "adapter")
+    frozen, trainable = (load(tmp_path / "adapter", trainable=flag).model for flag in (False, True))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    names = {name for name, p in trainable.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name or "token_adapter" in name for name in names)
+
+
+def test_the_semantics_file_says_all_that_rules_say(tmp_path: Path) -> None:
+    delete = Delete(tokens={"<|a|>": "answer", "<|l|>": "line"}, memory="keep", retry="ban", boundary="\n")
+    made = policy(tmp_path / "base", delete)
+    made.save(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "delete.json").read_text())
+    newline = made.tokenizer.convert_tokens_to_ids("\n")
+    assert saved == {
+        "tokens": {"<|a|>": "answer", "<|l|>": "line"},
+        "memory": "keep",
+        "retry": "ban",
+        "boundaries": [newline],
+        "eos": [made.tokenizer.eos_token_id],
+    }
+    assert made.rules == Rules(
+        {CHARACTERS: "answer", CHARACTERS + 1: "line"}, frozenset([1]), "keep", "ban", frozenset([newline])
+    )
+
+
+def test_boundaries_are_asked_for_by_a_line_alone(tmp_path: Path) -> None:
+    assert policy(tmp_path, Delete(boundary="zz")).rules.boundaries == frozenset()
+
+
+def test_an_existing_token_can_be_the_delete_token(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", spare=0)  # and then no row needs to be free
+    made = create(str(base), Delete(tokens={"~": "token"}), LORA, seed=0)
+    index = character_tokenizer().convert_tokens_to_ids("~")
+    assert made.rules.deletes == {index: "token"}
+    original = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    assert torch.equal(rows_of(made)["in"], original)  # it starts as it was
+    disturb(made)
+    made.save(tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter")
+    assert loaded.rules == made.rules
+    assert torch.equal(logits(loaded.model, everything(made)), logits(made.model, everything(made)))
+
+
+def test_the_generation_configs_own_ends_count(tmp_path: Path) -> None:
+    model = tiny(vocab_size=CHARACTERS + 2)
+    model.generation_config.eos_token_id = [1, 7]
+    model.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    assert create(str(tmp_path), Delete(), LORA, 0).rules.eos == {1, 7}
+
+
+def test_the_seed_decides_the_fresh_weights(tmp_path: Path) -> None:
+    base = str(checkpoint(tmp_path))
+    one, same, other = (create(base, Delete(), LORA, seed) for seed in (3, 3, 4))
+    states = [{k: v for k, v in made.model.state_dict().items() if "lora_A" in k} for made in (one, same, other)]
+    rows = [rows_of(made)["in"][CHARACTERS] for made in (one, same, other)]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    key = next(iter(states[0]))
+    assert torch.equal(states[0][key], states[1][key]) and not torch.equal(states[0][key], states[2][key])
+
+
+def test_a_fresh_adapter_changes_nothing(tmp_path: Path) -> None:
+    made = policy(tmp_path)
+    ids = everything(made)[:, :CHARACTERS]
+    base = logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids)
+    assert torch.equal(logits(made.model, ids)[..., :CHARACTERS], base[..., :CHARACTERS])
+
+
+# refusals
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_full_embedding_is_refused(spare: int, tmp_path: Path) -> None:
+    delete = Delete(tokens={f"<|{i}|>": "token" for i in range(spare + 1)})
+    said = refused(lambda: policy(tmp_path, delete, spare=spare))
+    assert f"no spare row for '<|{spare}|>'" in said and f"all {CHARACTERS + spare} rows" in said
+
+
+@pytest.mark.parametrize("text", ["<eos>", "<pad>"])
+def test_a_token_that_has_a_meaning_already_is_refused(text: str, tmp_path: Path) -> None:
+    assert repr(text) in refused(lambda: policy(tmp_path, Delete(tokens={text: "token"})))
+
+
+def test_a_line_that_could_never_end_is_refused(tmp_path: Path) -> None:
+    delete = Delete(tokens={"<|x|>": "line"}, boundary="zz")
+    assert refused(lambda: policy(tmp_path, delete)).startswith("delete.boundary: no token")
+
+
+@pytest.mark.parametrize("modules", [["nothing_like_it"], ["lm_head"], "lm_head", ["embed_tokens"], ".*"])
+def test_lora_where_it_cannot_be_is_refused(modules: Any, tmp_path: Path) -> None:
+    base = str(checkpoint(tmp_path))
+    said = refused(lambda: create(base, Delete(), Lora(target_modules=modules), 0))
+    assert said.startswith("lora.target_modules: ")
+
+
+def mamba(folder: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=CHARACTERS + 2, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=1, pad_token_id=0
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+
+
+def t5(folder: Path) -> None:
+    config = transformers.T5Config(vocab_size=CHARACTERS + 2, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+
+
+def without_eos(folder: Path) -> None:
+    checkpoint(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def cut_short(folder: Path) -> None:
+    checkpoint(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (mamba, "MambaForCausalLM cannot rewind"),
+        (t5, "T5"),
+        (without_eos, "no end-of-sequence token"),
+        (lambda folder: None, "cannot be loaded"),
+        (cut_short, "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+    ],
+    ids=["mamba", "t5", "without_eos", "empty", "cut_short", "no_json"],
+)
+def test_folders_that_hold_no_model_of_use(make: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    assert said in refused(lambda: create(str(tmp_path), Delete(), LORA, 0))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nothing", "", "a b", "arith-1M", "arith1m"])
+def test_names_that_are_no_model_are_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("httpx.Client.send", ask)
+    said = refused(lambda: load_base(name))
+    assert said.startswith(f"model: {name!r} ") and "arith-1m" in said
+
+
+def test_a_model_of_the_package_goes_by_its_name_wherever_it_is_installed(tmp_path: Path) -> None:
+    if not (EMBEDDED / "arith-1m" / "config.json").exists():
+        pytest.skip("no embedded model here")
+    made = create("arith-1m", Delete(), LORA, 0)
+    made.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/another/machine/rl_backspace/models/arith-1m"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ids = everything(made)
+    assert torch.equal(logits(load(tmp_path).model, ids), logits(made.model, ids))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "no whole adapter of rl-backspace here (FileNotFoundError"),
+    "no semantics": (lambda folder: (folder / "delete.json").unlink(), "no whole adapter"),
+    "empty semantics": (lambda folder: (folder / "delete.json").write_text("{}"), "no whole adapter"),
+    "semantics of another kind": (lambda folder: (folder / "delete.json").write_text("[]"), "no whole adapter"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no whole adapter"),
+    "cut weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"xx"), "no whole adapter"),
+    "no base": (lambda folder: shutil.rmtree(folder.parent / "base"), "base' is no folder"),
+    "another tokenizer": (lambda folder: character_tokenizer().save_pretrained(folder), "no token '<|delete|>'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_a_folder_that_is_no_whole_adapter(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+    policy(tmp_path / "base").save(tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    assert said in refused(lambda: load(tmp_path / "adapter"))
+
+
+# text in, text out
+
+
+def test_prompts_become_the_tokenizers_ids_and_answers_text(tmp_path: Path) -> None:
+    made = policy(tmp_path)
+    texts = ["3 4=7:", "x"]
+    assert made.encode(texts) == [made.tokenizer(text).input_ids for text in texts]
+    visible = [*made.tokenizer("+ -").input_ids, made.tokenizer.eos_token_id]
+    assert made.text(visible) == "+ -"
+
+
+def test_chat_prompts_go_through_the_template(tmp_path: Path) -> None:
+    made = policy(tmp_path)
+    chat = [[{"role": "user", "content": "2+2"}], [{"role": "user", "content": "1"}]]
+    assert "no chat template" in refused(lambda: made.encode(chat))
+    made.tokenizer.chat_template = CHAT
+    assert [made.text(ids) for ids in made.encode(chat)] == ["[user]2+2>", "[user]1>"]
+    assert "some prompts are text" in refused(lambda: made.encode([*chat, "text"]))
+    made.tokenizer.chat_template = "{{ raise_exception('user must start') }}"
+    assert "user must start" in refused(lambda: made.encode(chat))

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+from conftest import DELETE, EOS, VOCAB, tiny
+
+from rl_backspace import scoring
+from rl_backspace.engine import Engine, Rollout, Sampling
+from rl_backspace.scoring import Packed, pack, score
+from rl_backspace.semantics import Budget, IllegalAction, Rules
+
+WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
+BUDGET = Budget(answer=8, actions=24, deletes=9)
+
+
+def rules(memory: str, retry: str) -> Rules:
+    return Rules(WORDS, frozenset([EOS]), memory, retry)  # type: ignore[arg-type]
+
+
+def flat(rollouts: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """TRL's layout: prompts padded on the left, raw traces on the right."""
+    before = max(len(r.prompt) for r in rollouts)
+    steps = max(len(r.actions) for r in rollouts)
+    ids = torch.zeros(len(rollouts), before + steps, dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for i, r in enumerate(rollouts):
+        ids[i, before - len(r.prompt) : before + len(r.actions)] = torch.tensor(r.prompt + r.actions)
+        real[i, before - len(r.prompt) : before + len(r.actions)] = 1
+    return ids, real, steps
+
+
+def rolled(model: torch.nn.Module, played: Rules, count: int = 10, temperature: float = 0.7) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(3, VOCAB - 3, (n,), generator=generator).tolist()
+        for n in torch.randint(1, 7, (count,), generator=generator).tolist()
+    ]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[DELETE - 2 :] *= 2  # type: ignore[operator]
+    rollouts = Engine(model, played).run(prompts, BUDGET, Sampling(temperature), generator)
+    assert sum(r.deletes for r in rollouts) > count // 2
+    return rollouts
+
+
+def per_prefix(model: torch.nn.Module, rollout: Rollout, played: Rules, temperature: float) -> torch.Tensor:
+    """Each action scored alone, in its own context, with gradients."""
+    slow, out = naive.Naive(played, BUDGET), []
+    for action in rollout.actions:
+        context = torch.tensor([[*rollout.prompt, *slow.context()]])
+        logits = model(input_ids=context).logits[0, -1] / temperature
+        forbidden = torch.zeros(VOCAB, dtype=torch.bool)
+        forbidden[sorted(slow.forbidden())] = True
+        out.append(logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)[action])
+        slow.press(action)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+@pytest.mark.parametrize("retry", ["free", "ban"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_logprobs_and_gradients_equal_per_prefix_ones(memory: str, retry: str, attention: str) -> None:
+    model, played = tiny(attn_implementation=attention), rules(memory, retry)
+    rollouts = rolled(model, played)
+    weights = torch.rand(sum(len(r.actions) for r in rollouts), generator=torch.Generator().manual_seed(1))
+
+    slow = torch.cat([per_prefix(model, r, played, 0.7) for r in rollouts])
+    (slow * weights).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    ids, real, steps = flat(rollouts)
+    logps, entropy = score(model, pack(ids, real, steps, played, BUDGET), 0.7, entropy=True)
+    mask = real[:, -steps:].bool()
+    torch.testing.assert_close(logps[mask], slow, atol=5e-5, rtol=1e-4)
+    (logps[mask] * weights).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=2e-3, rtol=1e-3, msg=name)
+    assert entropy is not None and (entropy[mask] >= 0).all() and entropy.isfinite().all()
+
+
+def test_families_score_as_they_sample(family: str) -> None:
+    model = tiny(family, attn_implementation="eager")
+    played = rules("erase", "ban")
+    rollouts = rolled(model, played, temperature=1.0)
+    ids, real, steps = flat(rollouts)
+    logps, _ = score(model, pack(ids, real, steps, played, BUDGET))
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
+    torch.testing.assert_close(logps[real[:, -steps:].bool()], sampled, atol=1e-4, rtol=1e-4)
+
+
+def test_entropy_is_over_the_legal_actions() -> None:
+    model, played = tiny(), rules("erase", "ban")
+    rollouts = rolled(model, played, temperature=1.0)
+    ids, real, steps = flat(rollouts)
+    _, entropy = score(model, pack(ids, real, steps, played, BUDGET), entropy=True)
+    assert entropy is not None
+    slow = naive.Naive(played, BUDGET)
+    for step, action in enumerate(rollouts[0].actions):
+        legal = naive.logprobs(model, [*rollouts[0].prompt, *slow.context()], slow.forbidden())
+        legal = legal[legal.isfinite()]
+        assert entropy[0, step].item() == pytest.approx(-(legal.exp() * legal).sum().item(), abs=1e-4)
+        slow.press(action)
+
+
+def test_without_deletes_it_is_the_ordinary_causal_layout() -> None:
+    """Same input, same positions, causal mask: a stock model would be fed the very same."""
+    played = rules("erase", "free")
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, EOS], [4, 5, 6, 7, 8, EOS, 0, 0]])
+    real = (ids != 0).long()
+    packed = pack(ids, real, 4, played)
+    fed = torch.tensor([[0, 0, 5, 6, 7, 8, 9], [4, 5, 6, 7, 8, 0, 0]])  # from an answer's last token nothing is chosen
+    assert torch.equal(packed.input_ids, fed)
+    causal = torch.ones(7, 7).tril().bool() & (fed != 0)[:, None, :]
+    for row in range(2):
+        keep = fed[row] != 0
+        assert torch.equal(packed.allowed[row, 0][keep], causal[row][keep])
+        assert packed.position_ids[row][keep].tolist() == list(range(int(keep.sum())))
+
+
+def test_padding_changes_nothing() -> None:
+    model, played = tiny(), rules("erase", "ban")
+    rollouts = rolled(model, played)
+    together = flat(rollouts)
+    logps, _ = score(model, pack(*together, played, BUDGET))
+    for i, rollout in enumerate(rollouts):
+        alone, _ = score(model, pack(*flat([rollout]), played, BUDGET))
+        torch.testing.assert_close(logps[i, : len(rollout.actions)], alone[0], atol=2e-5, rtol=1e-4)
+
+
+def test_traces_of_a_prompt_share_it_and_do_not_see_each_other() -> None:
+    """Sixteen samples of three prompts, in any order: three rows, the same numbers as each alone."""
+    model, played = tiny(), rules("erase", "ban")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[DELETE - 2 :] *= 2
+    prompts = [[5, 6, 7], [8], [5, 6, 7, 9]] * 5 + [[8]]
+    rollouts = Engine(model, played).run(prompts, BUDGET, generator=torch.Generator().manual_seed(0))
+    ids, real, steps = flat(rollouts)
+    packed = pack(ids, real, steps, played, BUDGET)
+    assert len(packed.input_ids) == 3
+    assert packed.input_ids.numel() < ids.numel()
+    logps, _ = score(model, packed)
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
+    torch.testing.assert_close(logps[real[:, -steps:].bool()], sampled, atol=5e-5, rtol=1e-4)
+
+
+def test_a_row_is_full_at_some_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHARED_SLOTS", 8)
+    model, played = tiny(), rules("keep", "free")
+    rollouts = Engine(model, played).run([[5, 6]] * 9, BUDGET, generator=torch.Generator().manual_seed(0))
+    ids, real, steps = flat(rollouts)
+    packed = pack(ids, real, steps, played, BUDGET)
+    assert 1 < len(packed.input_ids) <= 9
+    logps, _ = score(model, packed)
+    sampled = torch.cat([torch.tensor(r.logprobs) for r in rollouts])
+    torch.testing.assert_close(logps[real[:, -steps:].bool()], sampled, atol=5e-5, rtol=1e-4)
+
+
+def test_a_delete_takes_no_slot_and_no_context_is_fed_twice() -> None:
+    played = rules("erase", "free")
+    ids = torch.tensor([[5, 6, 7, DELETE, 8, DELETE, 9, EOS], [5, 6, 7, 3, 4, 4, 4, EOS]])
+    packed: Packed = pack(ids, torch.ones_like(ids), 6, played)
+    # the prompt, then 7 8 9 of the first trace and 3 4 4 4 of the second, which shares the 7
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 4, 4]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 2, 2, 3, 4, 5, 6]]
+    assert packed.allowed[0, 0, 4].tolist() == [True, True, False, False, True] + [False] * 4
+    assert packed.allowed[0, 0, 6].tolist() == [True, True, True, False, False, True, True, False, False]
+
+
+def test_illegal_traces_are_refused() -> None:
+    ids = torch.tensor([[5, 6, DELETE, 8]])
+    with pytest.raises(IllegalAction):
+        pack(ids, torch.ones_like(ids), 2, rules("erase", "free"))

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rl_backspace.errors import UserError
+from rl_backspace.plugins import load_task
+from rl_backspace.tasks import Row, Task, arithmetic, data, signs, split_of
+
+MAKERS: dict[str, Callable[..., Task]] = {
+    "signs": lambda **kwargs: signs(count=4, train=300, test=60, **kwargs),
+    "arithmetic": lambda **kwargs: arithmetic(digits=2, train=300, test=60, **kwargs),
+}
+
+
+def prompts(rows: list[Row]) -> list[str]:
+    return [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_splits_are_full_distinct_and_disjoint_for_all_seeds_together(make: Callable[..., Task]) -> None:
+    tasks = [make(seed=seed) for seed in range(3)]
+    for task in tasks:
+        assert (len(task.train), len(task.test)) == (300, 60)
+        assert len({*prompts(task.train), *prompts(task.test)}) == 360
+    # a base model trained with one seed must not have seen what another seed tests on
+    everything = {split: {p for t in tasks for p in prompts(getattr(t, split))} for split in ("train", "test")}
+    assert not everything["train"] & everything["test"]
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_seed_gives_the_same_rows_and_another_gives_others(make: Callable[..., Task]) -> None:
+    assert make(seed=5).train == make(seed=5).train and make(seed=5).test == make(seed=5).test
+    assert make(seed=5).train != make(seed=6).train
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_reference_is_right_and_each_of_its_prefixes_alive(make: Callable[..., Task]) -> None:
+    task = make()
+    for row in task.train[:100]:
+        assert task.correct(row, row["answer"])
+        assert all(task.alive(row, row["answer"][:n]) for n in range(len(row["answer"]) + 1))
+
+
+def test_about_one_prompt_in_ten_is_for_testing() -> None:
+    share = sum(split_of(f"prompt {i}") == "test" for i in range(20_000)) / 20_000
+    assert 0.09 < share < 0.115
+
+
+@pytest.mark.parametrize("low", [0, 1])
+def test_signs_agree_with_trying_everything(low: int) -> None:
+    task = signs(count=4, low=low, high=5, train=40, test=4)
+    for row in task.train:
+        numbers, target = (part for part in row["prompt"].rstrip(":").split("="))
+        values = [int(number) for number in numbers.split()]
+        right = {
+            "".join(choice)
+            for choice in itertools.product("+-", repeat=4)
+            if sum(v if s == "+" else -v for s, v in zip(choice, values, strict=True)) == int(target)
+        }
+        for length in range(6):
+            for choice in itertools.product("+-x", repeat=length):
+                text = "".join(choice)
+                assert task.correct(row, text) == (text in right)
+                assert task.alive(row, text) == any(answer.startswith(text) for answer in right)
+
+
+def test_some_signs_have_several_right_answers() -> None:
+    task = signs(count=5, train=200, test=4)
+    found = [
+        sum(task.correct(row, "".join(choice)) for choice in itertools.product("+-", repeat=5)) for row in task.train
+    ]
+    assert min(found) == 1 and max(found) > 1
+
+
+@pytest.mark.parametrize("operations", ["+", "*", "+*"])
+def test_arithmetic_is_right(operations: str) -> None:
+    task = arithmetic(operations, digits=3, train=400, test=10)
+    asked = set()
+    for row in task.train:
+        sign = "*" if "*" in row["prompt"] else "+"
+        left, right = (int(number) for number in row["prompt"].rstrip("=").split(sign))
+        value = left + right if sign == "+" else left * right
+        assert row["answer"] == str(value)
+        assert task.correct(row, f" {value} ") and not task.correct(row, str(value + 1))
+        assert not task.alive(row, str(value) + "0") and not task.alive(row, "x")
+        asked |= {sign, len(str(left))}
+    assert asked == {*operations, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: signs(count=0), "count=0"),
+        (lambda: signs(low=5, high=4), "low=5, high=4"),
+        (lambda: arithmetic(operations="-"), "operations='-'"),
+        (lambda: arithmetic(digits=0), "digits=0"),
+        (lambda: arithmetic("+", digits=1, train=200, test=5), "too few distinct prompts"),
+    ],
+)
+def test_impossible_arguments_are_refused(call: Callable[[], Task], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert said in str(caught.value)
+
+
+# your own data
+
+
+def rows(count: int = 50) -> list[dict[str, Any]]:
+    return [{"question": f"{i} + 1?", "result": i + 1, "level": i % 3} for i in range(count)]
+
+
+def jsonl(path: Path, entries: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def saved(folder: Path, name: str) -> Path:
+    """The same rows in each format that `data` takes."""
+    path = folder / name
+    if name.endswith(".jsonl"):
+        return jsonl(path, rows())
+    if name.endswith(".json"):
+        path.write_text(json.dumps(rows(), indent=1))
+    elif name == "saved":
+        datasets.Dataset.from_list(rows()).save_to_disk(path)
+    elif name == "saved_dict":
+        splits = {"train": datasets.Dataset.from_list(rows()[:40]), "test": datasets.Dataset.from_list(rows()[40:])}
+        datasets.DatasetDict(splits).save_to_disk(path)
+    elif name == "plain":
+        path.mkdir()
+        jsonl(path / "train.jsonl", rows()[:40])
+        jsonl(path / "test.jsonl", rows()[40:])
+    return path
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "saved", "saved_dict", "plain"])
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    task = data(str(saved(tmp_path, name)), prompt="question", answer="result")
+    found = sorted(task.train + task.test, key=lambda row: int(row["answer"]))
+    assert found == [{"prompt": f"{i} + 1?", "answer": str(i + 1), "level": i % 3} for i in range(50)]
+    assert not set(prompts(task.train)) & set(prompts(task.test))
+    if name in ("saved_dict", "plain"):  # splits named train and test are taken as they are
+        assert {row["answer"] for row in task.test} == {str(i + 1) for i in range(40, 50)}
+    assert task.correct(task.train[0], task.train[0]["answer"])
+
+
+def test_train_and_test_limit_the_rows_and_the_seed_picks_them(tmp_path: Path) -> None:
+    path = str(saved(tmp_path, "saved_dict"))
+    columns = {"prompt": "question", "answer": "result"}
+    small = data(path, **columns, train=5, test=3, seed=1)
+    assert (len(small.train), len(small.test)) == (5, 3)
+    assert data(path, **columns, train=5, seed=1).train == small.train
+    assert data(path, **columns, train=5, seed=2).train != small.train
+    assert {r["prompt"] for r in data(path, **columns, seed=2).train} == {f"{i} + 1?" for i in range(40)}
+
+
+def test_the_same_file_splits_the_same_way_whatever_the_order(tmp_path: Path) -> None:
+    shuffled = random.Random(0).sample(rows(), 50)
+    split = [
+        {row["prompt"] for row in data(str(jsonl(tmp_path / "a.jsonl", entries)), "question", "result").test}
+        for entries in (rows(), shuffled)
+    ]
+    assert split[0] == split[1]
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_few_rows_still_make_two_splits(count: int, tmp_path: Path) -> None:
+    for start in range(20):
+        entries = [{"prompt": f"p{start + i}", "answer": "a"} for i in range(count)]
+        task = data(str(jsonl(tmp_path / "a.jsonl", entries)))
+        assert task.train and task.test and len(task.train) + len(task.test) == count
+
+
+def test_a_prompt_that_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}])
+    jsonl(folder / "test.jsonl", [{"prompt": "a", "answer": "1"}])
+    task = data(str(folder))
+    assert prompts(task.train) == ["b"] and prompts(task.test) == ["a"]
+    jsonl(folder / "train.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(UserError, match="every train prompt is also a test prompt"):
+        data(str(folder))
+
+
+def test_prompts_may_be_chat_messages(tmp_path: Path) -> None:
+    chats = [{"prompt": [{"role": "user", "content": f"say {i}"}], "answer": str(i)} for i in range(30)]
+    task = data(str(jsonl(tmp_path / "chat.jsonl", chats)))
+    assert all(row["prompt"] == [{"role": "user", "content": f"say {row['answer']}"}] for row in task.train + task.test)
+    assert len(task.train) + len(task.test) == 30
+
+
+def test_a_column_that_some_rows_lack_is_none_there(tmp_path: Path) -> None:
+    entries = [{"prompt": f"p{i}", "answer": "a", **({"hint": "h"} if i == 7 else {})} for i in range(30)]
+    task = data(str(jsonl(tmp_path / "a.jsonl", entries)))
+    hints = {row["prompt"]: row["hint"] for row in task.train + task.test}
+    assert hints.pop("p7") == "h" and set(hints.values()) == {None}
+
+
+GOOD = '{"prompt": "p", "answer": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "0 train and 0 test rows"),
+        ("\n\n", "0 train and 0 test rows"),
+        ("[]", "0 train and 0 test rows"),
+        (GOOD, "1 train and 0 test rows"),
+        (GOOD * 3, "every train prompt is also a test prompt"),
+        (GOOD + '{"prompt": "p", "answ', "line 2: not JSON"),
+        (GOOD + "[1, 2]\n", "entry 2 is a list"),
+        ("hello\n", "line 1: not JSON"),
+        ('{"question": "p", "answer": "a"}\n', "row 1 of 'train' has no 'prompt'; its columns are question, answer"),
+        (GOOD + '{"prompt": "p", "answer": null}\n', "row 2 of 'train' has no 'answer'"),
+        (GOOD + '{"prompt": "", "answer": "a"}\n', "row 2 of 'train' has no 'prompt'"),
+        (GOOD + '{"prompt": 5, "answer": "a"}\n', "row 2 of 'train': the prompt is '5'"),
+        (GOOD + '{"prompt": ["x"], "answer": "a"}\n', "row 2 of 'train': the prompt is"),
+        (GOOD + '{"prompt": "p", "answer": ["a"]}\n', "row 2 of 'train': the answer is"),
+    ],
+)
+def test_files_that_are_of_no_use_say_where(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        data(str(path))
+    assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_wrong_column_name_gets_the_nearest(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", rows())
+    with pytest.raises(UserError, match="did you mean 'question'"):
+        data(str(path), prompt="qestion", answer="result")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"\xff\xfe\x00"), None])
+def test_paths_that_hold_nothing(make: Callable[[Path], Any] | None, tmp_path: Path) -> None:
+    path = tmp_path / "nothing"
+    if make:
+        make(path)
+    with pytest.raises(UserError) as caught:
+        data(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_negative_limits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train=-1"):
+        data(str(jsonl(tmp_path / "a.jsonl", rows())), "question", "result", train=-1)
+
+
+# tasks by name
+
+
+def plugin(folder: Path, body: str) -> str:
+    path = folder / "mine.py"
+    path.write_text("from rl_backspace.tasks import Task\n" + body)
+    return f"{path}:make"
+
+
+ROWS = "[{'prompt': f'p{i}', 'answer': 'a' * size} for i in range(4)]"
+
+
+def test_a_task_from_a_file_with_and_without_a_seed(tmp_path: Path) -> None:
+    plain = plugin(tmp_path, f"def make(size):\n    rows = {ROWS}\n    return Task(rows[1:], rows[:1])\n")
+    assert load_task({"fn": plain, "size": 3}, seed=9).train[0]["answer"] == "aaa"
+    (tmp_path / "other").mkdir()
+    seeded = plugin(
+        tmp_path / "other",
+        f"def make(seed, size=1):\n    rows = {ROWS}\n    rows[0]['seed'] = seed\n    return Task(rows[1:], rows[:1])",
+    )
+    assert load_task({"fn": seeded}, seed=9).test[0]["seed"] == 9
+    assert load_task({"fn": seeded, "seed": 4}, seed=9).test[0]["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "lines"),
+    [
+        ({"fn": "sings"}, ["task.fn: got 'sings'.*did you mean 'signs'"]),
+        ({"fn": "signs", "cout": 5}, ["task.cout: unknown.*did you mean 'count'"]),
+        ({"fn": "signs", "count": "five"}, ["task.count: expected a valid integer; got 'five'"]),
+        ({"fn": "signs", "count": True}, ["task.count: expected a valid integer; got True"]),
+        ({"fn": "signs", "cout": 5, "high": "x"}, ["task.cout", "task.high"]),
+        ({"fn": "data"}, ["task: data raised TypeError.*path"]),
+        ({"fn": "data", "path": "/nowhere/x.jsonl"}, ["/nowhere/x.jsonl: no such file or folder"]),
+        ({"fn": "/nowhere/x.py:make"}, ["task.fn.*no file /nowhere/x.py"]),
+        ({"fn": "rl_backspace.tasks:signz"}, ["task.fn.*no 'signz'; did you mean 'signs'"]),
+        ({"fn": "no_such_package.x:make"}, ["task.fn.*cannot be imported: ModuleNotFoundError"]),
+        ({"fn": "rl_backspace.tasks:BUNDLED"}, ["task.fn.*is a dict; expected a function"]),
+    ],
+)
+def test_a_task_that_cannot_be_made_says_why(spec: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_task(spec, seed=0)
+    got = str(caught.value).splitlines()
+    assert len(got) == len(lines)
+    for line, pattern in zip(got, lines, strict=True):
+        assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def make():\n    return 3\n", "returned int; expected rl_backspace.tasks.Task"),
+        ("def make():\n    return Task([], [])\n", "0 train and 0 test rows"),
+        ("def make():\n    raise RuntimeError('two\\nlines')\n", "raised RuntimeError: two lines"),
+        ("def make():\n    return Task([{'prompt': 1, 'answer': 'a'}], [{'prompt': 'p', 'answer': 'a'}])\n", "the row"),
+        ("def make():\n    return Task([{'prompt': 'p'}], [{'prompt': 'p', 'answer': 'a'}])\n", "the row"),
+        ("def make(:\n", "SyntaxError"),
+        ("1/0\n", "ZeroDivisionError"),
+    ],
+)
+def test_a_broken_plugin_is_named(body: str, said: str, tmp_path: Path) -> None:
+    fn = plugin(tmp_path, body)
+    with pytest.raises(UserError) as caught:
+        load_task({"fn": fn}, seed=0)
+    assert said in str(caught.value) and "mine.py" in str(caught.value) and "\n" not in str(caught.value)
