@@ -14,6 +14,15 @@ from rl_backspace.folder import RunFolder
 SHOWN = {"loss": "loss", "reward": "reward", "accuracy": "accuracy", "deletes_per_answer": "deletes"}
 
 
+_bars: list[Any] = []
+
+
+def close_bars() -> None:
+    """End every open bar's line, so that what is printed next has a line of its own."""
+    while _bars:
+        _bars.pop().close()
+
+
 class Progress(TrainerCallback):
     """A bar with reward, accuracy, deletes per answer and the time left; the same numbers in metrics.jsonl."""
 
@@ -23,6 +32,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.phase, unit="step", dynamic_ncols=True)
+        _bars.append(self.bar)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -44,7 +54,7 @@ class Progress(TrainerCallback):
         self.folder.metrics(self.phase, state.global_step, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()
+        close_bars()
 
 
 class StopOnInterrupt(TrainerCallback):

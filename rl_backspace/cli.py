@@ -53,11 +53,16 @@ def train(
         typer.echo(dump(parsed), nl=False)
         typer.echo(f"# ok: would write {folder}", err=True)
         return
+    from rl_backspace.callbacks import close_bars
+
     try:
         run(experiment, folder)
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted: the adapter as it was is in {folder / 'adapter'}, its metrics beside it", err=True)
+        close_bars()
+        typer.echo(f"interrupted: the adapter as it was is in {folder / 'adapter'}, its metrics beside it", err=True)
         raise typer.Exit(130) from None
+    finally:
+        close_bars()
 
 
 @app.command(name="eval")

@@ -131,8 +131,8 @@ class Corrector:
         return None
 
     def _candidates(self, rng: random.Random) -> Iterator[int]:
-        """Every token of the alphabet in random order, after a few draws: one of those will do, mostly."""
-        for _ in range(8):
+        """Every token of the alphabet in random order; of a large one, a few draws first: one will do, mostly."""
+        for _ in range(8 if len(self.alphabet) > 64 else 0):
             yield rng.choice(self.alphabet)
         yield from rng.sample(self.alphabet, len(self.alphabet))
 

@@ -61,9 +61,9 @@ def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedToke
 
 
 def results_table(stages: dict[str, Any]) -> Table:
-    """Accuracy with its 95 % interval and deletes per answer, a row per stage and way of decoding."""
-    table = Table(title="accuracy on held-out prompts (95 % interval)")
-    for column in ("", "token", "sampled", "greedy", "deletes per answer (sampled, greedy)"):
+    """Accuracy with its 95 % interval and deletes per answer, a row per stage and token."""
+    table = Table(title="accuracy on held-out prompts, % (95 % interval)")
+    for column in ("", "token", "sampled", "greedy", "deletes: sampled, greedy"):
         table.add_column(column)
     for stage, results in stages.items():
         for token, decodings in results.items():
@@ -76,4 +76,4 @@ def results_table(stages: dict[str, Any]) -> Table:
 
 def _accuracy(result: dict[str, Any]) -> str:
     low, high = result["interval"]
-    return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+    return f"{100 * result['accuracy']:.1f} ({100 * low:.1f}–{100 * high:.1f})"

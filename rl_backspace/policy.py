@@ -95,7 +95,7 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = str(EMBEDDED / model) if model in embedded else model
     advice = f"give an embedded model ({', '.join(embedded)}), a hub id or a local path"
     hint = nearest(model, embedded)
-    if not Path(source).exists() and (hint or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
+    if not Path(source).exists() and (hint or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
         raise UserError(f"model: {model!r} is no folder{hint}; {advice}")  # without asking the hub
     try:
         AutoConfig.from_pretrained(source)  # first, for its errors are the clearest

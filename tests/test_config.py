@@ -95,6 +95,7 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"rewards": {}}, "rewards: expected at least one entry; got {} (dict)"),
         ({"warmup": {"clean": 1.5}}, "warmup.clean: expected a number less than or equal to 1; got 1.5 (float)"),
         ({"delete": {"memory": "forget"}}, "delete.memory: expected 'erase', 'keep' or 'hint'; got 'forget' (str)"),
+        ({"lora": {"target_modules": ["q", 3]}}, "lora.target_modules.1: expected a valid string; got 3 (int)"),
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps: expected a valid integer; got 1.5 (float)"),
         ({"trainer": {"temperature": 0}}, "trainer.temperature: expected a number greater than 0; got 0 (int)"),

@@ -77,7 +77,8 @@ def test_a_fresh_token_takes_a_spare_row_and_touches_no_other(tied: bool, tmp_pa
         assert torch.equal(embedding[others], old.weight[others])
         # near the middle of the used rows: neither certain nor unheard of before the first step
         used = old.weight[:CHARACTERS]
-        assert (embedding[token] - used.mean(0)).norm() < (used - used.mean(0)).norm(dim=1).median()
+        distance = (embedding[token] - used.mean(0)).norm() / (used - used.mean(0)).norm(dim=1).median()
+        assert 0 < distance < 0.3
 
 
 @pytest.mark.parametrize("tied", [True, False])

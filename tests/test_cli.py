@@ -1,0 +1,582 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from checkpoints import CHARACTERS, checkpoint
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
+from trl.rewards import think_format_reward
+
+from rl_backspace.callbacks import StopOnInterrupt
+from rl_backspace.cli import main
+from rl_backspace.config import parse, read_yaml
+from rl_backspace.policy import load
+from rl_backspace.pretrain import character_tokenizer
+from rl_backspace.semantics import Budget, replay
+
+ANSWER, ACTIONS = 5, 14
+LENGTH = "def length(completions):\n    return [float(len(text)) for text in completions]\n"
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def call(*arguments: object) -> Result:
+    """The command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+class Replace(dict[str, Any]):
+    """A block that replaces the one it changes."""
+
+
+def merge(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested blocks are merged, all else is replaced."""
+    merged = dict(content)
+    for key, value in changes.items():
+        old = content.get(key)
+        nested = isinstance(value, dict) and isinstance(old, dict) and not isinstance(value, Replace)
+        merged[key] = merge(old, value) if nested else dict(value) if isinstance(value, dict) else value
+    return merged
+
+
+def experiment(folder: Path, base: Path, /, **changes: Any) -> Path:
+    """An experiment file that trains for a second."""
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "model": str(base),
+        "task": {"fn": "signs", "count": 3, "train": 60, "test": 8},
+        "delete": {"budget": ACTIONS},
+        "lora": {"r": 4, "alpha": 8},
+        "warmup": {"steps": 0},
+        "rewards": {"correct": {"fn": "correctness:checked"}},
+        "trainer": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": ANSWER,
+        },
+        "evaluation": {"rows": 2},
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(merge(content, changes)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, and every folder."""
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+def assert_refused(folder: Path, *arguments: object) -> list[str]:
+    """Exit code 2, only `error:` lines to read, nothing written; those lines."""
+    before = tree(folder)
+    result = call(*arguments)
+    assert result.code == 2
+    assert "Traceback" not in result.err + result.out
+    assert result.errors
+    assert tree(folder) == before
+    return result.errors
+
+
+# one trained run, looked at from all sides
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "mine.py").write_text(LENGTH)
+    path = experiment(
+        folder,
+        base,
+        seed=3,
+        warmup={"steps": 60, "clean": 0.2, "trainer": {"per_device_train_batch_size": 16, "learning_rate": 1e-2}},
+        rewards={
+            "delete_cost": {"fn": "delete_cost:flat", "weight": 0.5},
+            "loop_penalty": {"fn": "loop_penalty:repeats"},
+            "length": {"fn": f"{folder / 'mine.py'}:length", "weight": 0.0},
+        },
+        trainer={"max_steps": 3, "per_device_train_batch_size": 16, "learning_rate": 1e-3},
+        evaluation={"rows": 8},
+    )
+    result = call("train", path, "--out", folder / "run", "--reward.delete_cost.kwargs.cost=0.25")
+    assert result.code == 0, result.err
+    return folder / "run", result
+
+
+@pytest.fixture(scope="module")
+def run(finished: tuple[Path, Result]) -> Path:
+    return finished[0]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_shows_progress_results_and_where_they_are(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    assert str(folder) in "".join(result.out.split("\n"))
+    for stage in ("base", "before", "after"):
+        assert re.search(rf"{stage} +│ (allowed|blocked) +│ +[\d.]+ %", result.out)
+    last = re.split(r"[\r\n]", result.err)
+    assert any(line.startswith("warm-up: 100%") for line in last)
+    assert any(line.startswith("grpo: 100%") and "reward=" in line and "accuracy=" in line for line in last)
+
+
+def test_the_resolved_config_parses_again(run: Path) -> None:
+    config = parse(read_yaml(run / "config.yaml"))
+    assert config.seed == 3
+    assert config.rewards["delete_cost"].kwargs == {"cost": 0.25}
+    assert config.delete.tokens == {"<|delete|>": "token"}  # a default, written out
+
+
+def test_versions_and_seed_are_kept(run: Path) -> None:
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["seed"] == 3
+    assert versions["packages"]["torch"] == torch.__version__
+    assert versions["packages"]["transformers"] == transformers.__version__
+    assert {"rl-backspace", "trl", "peft"} <= set(versions["packages"])
+
+
+def test_metrics_hold_every_step_and_every_reward_term(run: Path) -> None:
+    metrics = lines(run / "metrics.jsonl")
+    assert {record["phase"] for record in metrics} == {"warm-up", "grpo", "evaluation"}
+    steps = [record for record in metrics if record["phase"] == "grpo" and "reward" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    weights = {"correct": 1.0, "delete_cost": 0.5, "loop_penalty": 1.0, "length": 0.0}
+    for record in steps:
+        means = {name: record[f"rewards/{name}/mean"] for name in weights}
+        assert record["reward"] == pytest.approx(sum(weights[name] * means[name] for name in weights), abs=1e-5)
+        assert all(math.isfinite(record[f"rewards/{name}/std"]) for name in weights)
+        assert record["logp_gap_max"] < 1e-4
+        assert record["deletes_per_answer"] >= 0
+    assert steps[-1]["rewards/length/mean"] > 0  # a metric only, and a metric
+
+
+def test_traces_replay_to_what_they_say(run: Path) -> None:
+    policy = load(run / "adapter")
+    config = parse(read_yaml(run / "config.yaml"))
+    traces = lines(run / "traces.jsonl")
+    assert [sum(trace["step"] == step for trace in traces) for step in range(3)] == [8, 8, 8]
+    assert any(trace["deletes"] for trace in traces) and not all(trace["deletes"] for trace in traces)
+    for trace in traces:
+        machine = replay(trace["actions"], policy.rules, Budget(ANSWER, ACTIONS))
+        assert policy.text(machine.visible) == trace["visible"]
+        assert (machine.end, machine.deleted) == (trace["end"], trace["deletes"])
+        assert list(trace["rewards"]) == list(config.rewards)
+        assert trace["rewards"]["length"] == len(trace["visible"])
+        numbers, target = trace["prompt"].rstrip(":").split("=")
+        values = [int(number) for number in numbers.split()]
+        signs = [{"+": 1, "-": -1}.get(sign, math.nan) for sign in trace["visible"]]
+        total = sum(s * v for s, v in zip(signs, values, strict=True)) if len(signs) == 3 else math.nan
+        assert trace["rewards"]["correct"] == float(total == int(target) and trace["end"] == "eos")
+    late = [trace for trace in traces if trace["step"] == 2]
+    assert all(trace["rewards"]["delete_cost"] == pytest.approx(-0.25 * trace["deletes"]) for trace in late)
+    assert all(trace["rewards"]["delete_cost"] == 0 for trace in traces if trace["step"] == 0)
+
+
+def test_the_summary_is_nested_by_stage_token_and_decoding(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    for measure in ("accuracy", "deletes_per_answer"):
+        for stage in ("before", "after"):
+            for token in ("allowed", "blocked"):
+                cells = summary[measure][stage][token]
+                assert set(cells) == {"sampled", "greedy"}
+                assert all(0 <= value <= (1 if measure == "accuracy" else ACTIONS) for value in cells.values())
+                if measure == "deletes_per_answer" and token == "blocked":
+                    assert set(cells.values()) == {0}
+    assert 0 <= summary["logp_gap_max"] < 1e-4
+    assert summary["forward_passes"] == summary["actions"] - summary["deletes"]
+    assert summary["actions"] > summary["deletes"] > 0
+    assert summary["steps"] == 3 and summary["seconds"] > 0
+
+
+def test_the_adapter_loads_in_plain_peft(run: Path, base: Path) -> None:
+    ids = torch.arange(CHARACTERS + 1)[None]
+    with torch.no_grad():
+        expected = load(run / "adapter").model.eval()(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
+        auto = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"))
+        for model in (plain, auto):
+            assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+        untrained = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=ids).logits
+    assert not torch.allclose(untrained, expected, atol=0.1)  # and it learned something
+    assert AutoTokenizer.from_pretrained(run / "adapter").convert_tokens_to_ids("<|delete|>") == CHARACTERS
+
+
+def test_eval_measures_what_train_measured(run: Path) -> None:
+    before = tree(run)
+    result = call("eval", run, "--json")
+    assert result.code == 0
+    cells = json.loads(result.out)
+    summary = json.loads((run / "summary.json").read_text())
+    for measure in ("accuracy", "deletes_per_answer", "finished"):
+        for token in ("allowed", "blocked"):
+            got = {how: cell[measure] for how, cell in cells[token].items()}
+            assert got == summary[measure]["after"][token]
+    assert tree(run) == before
+
+
+def test_eval_takes_fewer_rows_and_prints_a_table(run: Path) -> None:
+    assert json.loads(call("eval", run, "--json", "--rows", 3).out)["allowed"]["greedy"]["answers"] == 3
+    assert "allowed" in call("eval", run, "--rows", 3).out
+
+
+def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
+    default = call("generate", run)
+    assert default.code == 0 and len(default.out.splitlines()) == 3
+    prompts = ["1 2 3=6:", "4 5 6=3:"]
+    result = call("generate", run, *prompts, "--seed", 1)
+    assert [line[: len(p) + 1] for line, p in zip(result.out.splitlines(), prompts, strict=True)] == [
+        f"{p} " for p in prompts
+    ]
+    assert call("generate", run, *prompts, "--seed", 1).out == result.out
+    greedy = {call("generate", run, *prompts, "--temperature", 0, "--seed", seed).out for seed in range(3)}
+    assert len(greedy) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "{run}", "--rows", "0"], "--rows"),
+        (["eval", "{run}", "--seed", "x"], "--seed"),
+        (["generate", "{run}", "--temperature", "-1"], "--temperature"),
+        (["generate", "{run}", "1" * 200], "the model's limit is 128"),
+        (["generate", "{run}", ""], "a prompt has no tokens"),
+        (["eval", "{run}/adapter"], "no finished run here (config.yaml is missing)"),
+        (["generate", "/nowhere"], "/nowhere: no finished run here"),
+        (["eval"], "RUN"),
+        (["evaluate", "{run}"], "No such command 'evaluate'"),
+        (["train", "{run}/config.yaml", "--out", "{run}"], "already there and not empty"),
+    ],
+)
+def test_bad_commands_on_a_run_leave_it_alone(arguments: list[str], said: str, run: Path) -> None:
+    (error,) = assert_refused(run, *(argument.format(run=run) for argument in arguments))
+    assert said in error
+
+
+def test_a_run_that_was_cut_short_is_no_run(here: Path) -> None:
+    (here / "config.yaml").write_text("name: [")
+    (error,) = assert_refused(here, "eval", here)
+    assert "adapter/adapter_config.json is missing" in error
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text("{}")
+    (error,) = assert_refused(here, "generate", here)
+    assert "not valid YAML" in error
+
+
+def test_chat_data_with_trls_and_an_async_reward(here: Path) -> None:
+    """Your own chat messages, a reward of TRL's that reads messages, and one that waits for something."""
+    model = checkpoint(here / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
+    tokenizer.save_pretrained(model)
+    rows = [{"chat": [{"role": "user", "content": f"say {i}"}], "say": str(i), "level": i} for i in range(40)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "mine.py").write_text(
+        "import asyncio\n"
+        "async def level(completions, level, deletes):\n"
+        "    await asyncio.sleep(0)\n"
+        "    assert all(c[0]['role'] == 'assistant' for c in completions) and len(deletes) == len(level)\n"
+        "    return [float(x) for x in level]\n"
+    )
+    path = experiment(
+        here,
+        model,
+        task=Replace(fn="data", path="chat.jsonl", prompt="chat", answer="say"),
+        warmup={"steps": 1, "trainer": {"per_device_train_batch_size": 4}},
+        rewards={
+            "think": {"fn": "trl.rewards:think_format_reward"},
+            "level": {"fn": "mine.py:level", "weight": 0.0},
+            "correct": {"fn": "correctness:exact"},
+        },
+    )
+    result = call("train", path, "--out", "run")
+    assert result.code == 0, result.err
+    traces = lines(here / "run" / "traces.jsonl")
+    assert traces
+    for trace in traces:
+        said = [[{"role": "assistant", "content": trace["visible"]}]]
+        (message,) = trace["prompt"]
+        assert trace["rewards"]["think"] == think_format_reward(said)[0]
+        assert f"say {trace['rewards']['level']:.0f}" == message["content"]
+    answered = call("generate", "run", "say 7")
+    assert answered.code == 0 and answered.out.startswith("say 7 ")
+
+
+# bad input to `train`
+
+
+def no_spare_row(folder: Path) -> dict[str, Any]:
+    return {"model": str(checkpoint(folder / "full", spare=0))}
+
+
+def no_rewinding(folder: Path) -> dict[str, Any]:
+    config = transformers.MambaConfig(
+        vocab_size=CHARACTERS + 2, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=1, pad_token_id=0
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(folder / "mamba")
+    character_tokenizer().save_pretrained(folder / "mamba")
+    return {"model": str(folder / "mamba")}
+
+
+def short_context(folder: Path) -> dict[str, Any]:
+    return {"model": str(checkpoint(folder / "short", max_position_embeddings=12))}
+
+
+def own_data(text: str, **columns: str) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "mine.jsonl").write_text(text)
+        return {"task": Replace({"fn": "data", "path": "mine.jsonl", **columns})}
+
+    return write
+
+
+def own_reward(body: str) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "mine.py").write_text(f"def reward(completions):\n    {body}\n")
+        return {"rewards": {"mine": {"fn": "mine.py:reward"}}}
+
+    return write
+
+
+def plain(**changes: Any) -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: changes
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
+    "unknown key": (plain(modle="x"), ["modle: unknown key; did you mean 'model'?"]),
+    "unknown trainer field": (plain(trainer={"max_step": 3}), ["trainer.max_step: .*did you mean 'max_steps'"]),
+    "wrong type": (plain(seed="zero"), ["seed: expected a valid integer; got 'zero'"]),
+    "several": (
+        plain(modle="x", seed="zero", trainer={"learning_rate": "fast"}),
+        ["seed", "modle", "trainer.learning_rate"],
+    ),
+    "several, seen later": (
+        plain(
+            model="./nowhere", task={"cout": 3}, rewards={"a": {"fn": "nowhere.py:f"}}, trainer={"num_generations": 3}
+        ),
+        ["trainer: .*num_generations", "task.cout", "model: './nowhere' is no folder", "rewards.a.fn"],
+    ),
+    "no such model": (plain(model="./nowhere"), ["model: './nowhere' is no folder"]),
+    "no such task": (plain(task={"fn": "sings"}), ["task.fn: .*did you mean 'signs'"]),
+    "missing data": (
+        lambda folder: {"task": Replace(fn="data", path="nowhere.jsonl")},
+        ["nowhere.jsonl: no such file or folder"],
+    ),
+    "empty data": (own_data(""), ["mine.jsonl: 0 train and 0 test rows"]),
+    "no such column": (own_data('{"q": "p", "answer": "a"}\n', prompt="qq"), ["row 1 of 'train' has no 'qq'"]),
+    "prompt longer than the model": (short_context, ["longest prompt has .* the model's limit is 12"]),
+    "answer longer than allowed": (plain(trainer={"max_completion_length": 2}), ["task: the answer .* takes 4 tokens"]),
+    "no spare row": (no_spare_row, ["no spare row for '<|delete|>'"]),
+    "no rewinding": (no_rewinding, ["MambaForCausalLM cannot rewind"]),
+    "num_generations": (plain(trainer={"num_generations": 3}), ["trainer: .*num_generations"]),
+    "one generation": (plain(trainer={"num_generations": 1}), ["trainer: .*"]),
+    "no such reward": (plain(rewards={"a": {"fn": "correctness:exat"}}), ["rewards.a.fn: .*did you mean 'exact'"]),
+    "reward with a wrong argument": (
+        plain(rewards={"a": {"fn": "delete_cost:flat", "kwargs": {"cots": 1}}}),
+        ["rewards.a.kwargs.cots: .*did you mean 'cost'"],
+    ),
+    "reward that raises": (own_reward("raise RuntimeError('no\\nluck')"), ["rewards.mine: .*RuntimeError: no luck"]),
+    "reward of the wrong length": (own_reward("return [1.0]"), ["rewards.mine: .*returned 1 rewards for"]),
+    "reward that is nan": (own_reward("return [float('nan')] * len(completions)"), ["rewards.mine: .*nan for row 0"]),
+    "reward that is text": (own_reward("return list(completions)"), ["rewards.mine: .*for row 0"]),
+    "lora where it cannot be": (plain(lora={"target_modules": ["nothing"]}), ["lora.target_modules: "]),
+    "end as delete": (plain(delete={"tokens": Replace({"<eos>": "token"})}), ["delete.tokens: '<eos>'"]),
+}
+
+
+@pytest.mark.parametrize(("make", "patterns"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    make: Callable[[Path], dict[str, Any]], patterns: list[str], here: Path, base: Path
+) -> None:
+    errors = assert_refused(here, "train", experiment(here, base, **make(here)))
+    assert len(errors) == len(patterns), errors
+    for error, pattern in zip(errors, patterns, strict=True):
+        assert re.search(pattern, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seed"], "override 'seed': expected key=value"),
+        (["--trainer.learning_rate", "3"], "override '--trainer.learning_rate': expected key=value"),
+        (["--sed=3"], "sed: unknown key; did you mean 'seed'?"),
+        (["reward.corect.weight=2"], "did you mean 'correct'"),
+        (["trainer.max_steps=many"], "trainer.max_steps: expected a valid integer"),
+        (["name.x=1"], "name is 'tiny', which has no keys"),
+    ],
+)
+def test_malformed_overrides(arguments: list[str], said: str, here: Path, base: Path) -> None:
+    errors = assert_refused(here, "train", experiment(here, base), *arguments)
+    assert said in errors[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere.yaml"], ["."]])
+def test_there_is_no_experiment(arguments: list[str], here: Path) -> None:
+    (error,) = assert_refused(here, "train", *arguments)
+    assert (arguments or ["CONFIG"])[0] in error
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("out", [None, "elsewhere", "file"])
+def test_what_is_there_is_never_overwritten(out: str | None, dry: list[str], here: Path, base: Path) -> None:
+    if out == "file":
+        (here / out).write_text("mine")
+    else:
+        folder = here / (out or "runs/tiny")
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("mine")
+    arguments = ["--out", out] if out else []
+    (error,) = assert_refused(here, "train", experiment(here, base), *arguments, *dry)
+    assert f"{out or 'runs/tiny'}: already there" in error and "--out" in error
+
+
+def test_a_dry_run_checks_prints_and_writes_nothing(here: Path, base: Path) -> None:
+    path = experiment(here, base)
+    before = tree(here)
+    result = call("train", path, "--dry-run", "--reward.correct.weight=0.5", "trainer.learning_rate=3e-4")
+    assert result.code == 0
+    assert tree(here) == before
+    assert "runs/tiny" in result.err
+    (here / "resolved.yaml").write_text(result.out)
+    config = parse(read_yaml(here / "resolved.yaml"))
+    assert config.rewards["correct"].weight == 0.5
+    assert config.trainer["learning_rate"] == 3e-4
+    assert config.model == str(base)
+
+
+def test_the_console_script_speaks_in_lines_too(here: Path) -> None:
+    """In a process of its own, nothing but the line is on stderr."""
+    arguments = [sys.executable, "-m", "rl_backspace", "train", "nowhere.yaml"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: nowhere.yaml: No such file or directory; give the path of an experiment file\n"
+
+
+# what goes wrong later
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ConnectionError('judge is away')", "raised ConnectionError: judge is away"),
+        ("return [1.0]", "returned 1 rewards for 8"),
+        ("return ['good'] * len(completions)", "returned 'good' for row 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_reward_that_breaks_in_training_is_named_and_the_adapter_kept(
+    body: str, said: str, kind: str, here: Path, base: Path
+) -> None:
+    (here / "mine.py").write_text(
+        f"calls = []\n{kind} reward(completions):\n    calls.append(1)\n    if len(calls) > 2:\n        {body}\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    path = experiment(here, base, rewards={"mine": {"fn": "mine.py:reward"}}, evaluation={"rows": 1})
+    result = call("train", path, "--out", "run")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert len(result.errors) == 1 and said in result.errors[0] and "mine.py:reward" in result.errors[0]
+    assert load(here / "run" / "adapter").rules.deletes
+
+
+def test_wandb_gets_the_same_offline(here: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    path = experiment(here, base, wandb={"mode": "offline", "project": "p"}, evaluation={"rows": 1})
+    assert call("train", path, "--out", "run").code == 0
+    (written,) = (here / "run" / "wandb").glob("offline-run-*/*.wandb")
+    logged = written.read_bytes()
+    for key in ("grpo/reward", "grpo/deletes_per_answer", "evaluation/step", "logp_gap_max"):
+        assert key.encode() in logged
+    assert not (here / "wandb").exists()
+
+
+@pytest.fixture
+def training(here: Path, base: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of a training that would take hours."""
+    path = experiment(here, base, trainer={"max_steps": 100_000}, evaluation={"rows": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rl_backspace", "train", str(path), "--out", "run"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = here / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and '"grpo"' in metrics.read_text()):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_an_interrupt_keeps_the_adapter_and_says_where(training: subprocess.Popen[str], here: Path) -> None:
+    training.send_signal(signal.SIGINT)
+    _, err = training.communicate(timeout=60)
+    assert training.returncode == 130
+    assert "Traceback" not in err
+    assert re.search(r"interrupted: .*run/adapter", err)
+    assert load(here / "run" / "adapter").rules.deletes
+    assert json.loads((here / "run" / "versions.json").read_text())  # every file is whole
+    assert all("phase" in record for record in lines(here / "run" / "metrics.jsonl"))
+    assert not (here / "run" / "summary.json").exists()
+    result = call("eval", "run", "--json")  # what is kept is a run
+    assert result.code == 0 and json.loads(result.out)["allowed"]
+
+
+def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not() -> None:
+    control = TrainerControl()
+    outer = signal.getsignal(signal.SIGINT)
+    with StopOnInterrupt() as stop:
+        stop.on_step_end(None, None, control)  # type: ignore[arg-type]
+        assert not control.should_training_stop and not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        stop.on_step_end(None, None, control)  # type: ignore[arg-type]
+        assert control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is outer
