@@ -45,7 +45,7 @@ def train(
     override(content, context.args)
     parsed = parse(content)
     folder = out or Path("runs") / parsed.name
-    from rl_backspace.run import prepare
+    from rl_backspace.experiment import prepare
     from rl_backspace.run import train as run
 
     experiment = prepare(parsed, folder)
@@ -103,7 +103,7 @@ def generate(
     import torch
     from rich.live import Live
 
-    from rl_backspace.display import console, strike
+    from rl_backspace.display import console, last_message, strike
     from rl_backspace.engine import Engine, Sampling
 
     _, task, policy, budget = _open(run)
@@ -113,7 +113,7 @@ def generate(
     engine = Engine(policy.model, policy.rules)
     torch.manual_seed(seed)
     for prompt, ids in zip(asked, policy.encode(asked), strict=True):
-        before = f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} "
+        before = f"{last_message(prompt)} "
         actions: list[int] = []
 
         with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
@@ -147,10 +147,10 @@ def pretrain(
 
 def _open(run: Path) -> tuple[Any, Any, Any, Any]:
     """Config, task, policy and budget of a finished run."""
+    from rl_backspace.experiment import action_budget
     from rl_backspace.folder import RunFolder
     from rl_backspace.plugins import load_task
     from rl_backspace.policy import load
-    from rl_backspace.run import action_budget
 
     folder = RunFolder.open(run)
     config = folder.config()

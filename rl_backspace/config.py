@@ -307,7 +307,7 @@ OURS = {
     "reward_weights": "set each reward's weight in rewards",
 }
 WARMUP_OURS = {"max_steps": "set warmup.steps", "remove_unused_columns": "the warm-up's columns are its own"}
-LIMITS: dict[str, Any] = {  # what rollouts take, beyond the type
+LIMITS: dict[str, Any] = {  # what rollouts take, and choices that TRL would refuse only once it trains
     "temperature": Annotated[float, Field(gt=0)],
     "top_k": Annotated[int, Field(ge=0)],
     "top_p": Annotated[float, Field(gt=0, le=1)],
@@ -315,6 +315,10 @@ LIMITS: dict[str, Any] = {  # what rollouts take, beyond the type
     "max_completion_length": PositiveInt,
     "per_device_train_batch_size": PositiveInt,
     "num_generations": PositiveInt,
+    "loss_type": Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"],
+    "importance_sampling_level": Literal["token", "sequence"],
+    "scale_rewards": bool | Literal["group", "batch", "none"],
+    "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
 }
 UNSUPPORTED = {
     "use_vllm": "rollouts with deletes run in this project's own engine",
@@ -323,6 +327,8 @@ UNSUPPORTED = {
     "cache_implementation": "rollouts with deletes run in this project's own engine",
     "repetition_penalty": "exact scoring does not know it",
     "use_liger_kernel": "it replaces the forward that scoring calls",
+    "cast_lm_head_to_fp32": "the delete token's own row is trained there",
+    "push_to_hub": "the adapter folder is yours to upload",
     "eval_strategy": "test prompts are measured before and after; set evaluation.rows",
 }
 

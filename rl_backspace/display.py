@@ -60,6 +60,11 @@ def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedToke
     return whole[len(base) :] + end
 
 
+def last_message(prompt: Any) -> str:
+    """A prompt's text; of chat messages, the last one's."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def results_table(stages: dict[str, Any]) -> Table:
     """Accuracy with its 95 % interval and deletes per answer, a row per stage and token."""
     table = Table(title="accuracy on held-out prompts, % (95 % interval)")

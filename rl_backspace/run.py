@@ -2,164 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig
 
 from rl_backspace.callbacks import Progress, StopOnInterrupt
-from rl_backspace.config import Config
-from rl_backspace.display import console, results_table, strike
+from rl_backspace.display import console, last_message, results_table, strike
 from rl_backspace.engine import Engine, Rollout
-from rl_backspace.errors import UserError
+from rl_backspace.errors import UserError, one_line
 from rl_backspace.evaluate import evaluate
-from rl_backspace.folder import RunFolder, refuse_existing
-from rl_backspace.plugins import load_task
-from rl_backspace.policy import Policy, create
-from rl_backspace.semantics import Budget
-from rl_backspace.tasks import Row, Task
-from rl_backspace.terms import Term, load_terms
-from rl_backspace.trainer import BackspaceGRPOTrainer, reward_inputs, visible_completions
+from rl_backspace.experiment import REFUSALS, Experiment
+from rl_backspace.folder import RunFolder
+from rl_backspace.tasks import Row
+from rl_backspace.trainer import BackspaceGRPOTrainer
 from rl_backspace.warmup import warm_up
 
-GRPO_DEFAULTS: dict[str, Any] = {
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
 TRACES_PER_STEP = 8
-ACTIONS_PER_TOKEN = 3  # the default action budget, in answers
-
-
-@dataclass
-class Experiment:
-    """A config with everything it names loaded and checked, ready to train."""
-
-    config: Config
-    task: Task
-    policy: Policy
-    terms: list[Term]
-    budget: Budget
-    args: GRPOConfig
-
-
-def prepare(config: Config, out: Path) -> Experiment:
-    """Load and check all that can be checked without training; writes nothing.
-
-    Raises:
-        UserError: whatever the user has to mend, every independent problem on a line of its own.
-    """
-    problems: list[str] = []
-
-    def attempt(function: Any, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except UserError as error:
-            problems.append(str(error))
-
-    attempt(refuse_existing, out)
-    transformers.set_seed(config.seed)
-    args = attempt(grpo_config, config, out)
-    task = attempt(load_task, config.task.model_dump(), config.seed)
-    policy = attempt(create, config.model, config.delete, config.lora, config.seed)
-    if policy is not None:
-        attempt(Engine, policy.model, policy.rules)
-    terms = attempt(load_terms, config.rewards, task, policy.rules if policy else None)
-    if problems:
-        raise UserError("\n".join(problems))
-    args.reward_weights = terms[1]
-    experiment = Experiment(config, task, policy, terms[0], action_budget(config), args)
-    _check_lengths(experiment)
-    _check_prompts(experiment)
-    _check_terms(experiment)
-    return experiment
-
-
-def action_budget(config: Config) -> Budget:
-    """How far one rollout may go: `trainer.max_completion_length` visible tokens, `delete.budget` actions."""
-    answer = config.trainer.get("max_completion_length") or GRPOConfig.max_completion_length
-    return Budget(answer, config.delete.budget or ACTIONS_PER_TOKEN * answer)
-
-
-def grpo_config(config: Config, out: Path) -> GRPOConfig:
-    """TRL's config; its own refusals become one line.
-
-    Raises:
-        UserError: TRL refuses a combination of fields.
-    """
-    fields = {**GRPO_DEFAULTS, **config.trainer}
-    try:
-        return GRPOConfig(output_dir=str(out / "checkpoints"), seed=config.seed, **fields)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-
-
-def _check_lengths(experiment: Experiment) -> None:
-    """Every prompt and answer fits; raises UserError naming the first that does not."""
-    policy, task, budget = experiment.policy, experiment.task, experiment.budget
-    rows = task.train + task.test
-    prompts = policy.encode([row["prompt"] for row in rows])
-    Engine(policy.model, policy.rules).capacity([max(prompts, key=len), min(prompts, key=len)], budget)
-    for row in rows:
-        length = len(policy.tokenizer(row["answer"], add_special_tokens=False).input_ids) + 1
-        if length > budget.answer:
-            raise UserError(
-                f"task: the answer {row['answer'][:40]!r} takes {length} tokens with its end, but "
-                f"trainer.max_completion_length is {budget.answer}; raise it"
-            )
-
-
-def _check_prompts(experiment: Experiment) -> None:
-    """A generation batch draws distinct prompts; with fewer than that, TRL would train on nothing."""
-    args, available = experiment.args, len(experiment.task.train)
-    needed = args.generation_batch_size // args.num_generations
-    if available < needed:
-        raise UserError(
-            f"task: {available} train prompts, but one generation batch takes {needed} "
-            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}); "
-            "lower trainer.per_device_train_batch_size or give more prompts"
-        )
-
-
-def _check_terms(experiment: Experiment) -> None:
-    """Call every reward once, on reference answers, so that a broken one shows before anything is trained."""
-    policy, rows = experiment.policy, experiment.task.train[:4]
-    rollouts = []
-    for row, prompt in zip(rows, policy.encode([row["prompt"] for row in rows]), strict=True):
-        ids = [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id]
-        rollouts.append(Rollout(prompt, ids, ids, [0.0] * len(ids), "eos", 0, len(ids)))
-    prompts = [row["prompt"] for row in rows]
-    inputs = {
-        "prompts": prompts,
-        "completions": visible_completions(rollouts, prompts, policy),
-        "completion_ids": [rollout.visible for rollout in rollouts],
-        "trainer_state": transformers.TrainerState(max_steps=max(1, experiment.args.max_steps)),
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: None,
-    }
-    entries = reward_inputs(rollouts, rows)
-    columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
-    for term in experiment.terms:
-        result = term(**inputs, **columns)
-        if inspect.isawaitable(result):
-            asyncio.run(_finish(result))
-
-
-async def _finish(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def train(experiment: Experiment, out: Path) -> Path:
@@ -182,7 +46,7 @@ def train(experiment: Experiment, out: Path) -> Path:
             measure("base", tokens=("blocked",))
             if config.warmup.steps:
                 callbacks: list[TrainerCallback] = [Progress("warm-up", folder), stop]
-                warm_up(policy, experiment.task, experiment.budget, config, out / "checkpoints", callbacks)
+                warm_up(policy, experiment.task, experiment.budget, config.warmup, experiment.warmup_args, callbacks)
                 policy.save(folder.adapter)
                 _raise_if(stop.asked)
             measure("before")
@@ -196,6 +60,8 @@ def train(experiment: Experiment, out: Path) -> Path:
             raise
         summary = summarise(stages, trainer, time.time() - started)
         folder.summarise(summary)
+    with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
+        (out / "checkpoints").rmdir()
     report(experiment, stages, summary, folder)
     return out
 
@@ -225,16 +91,19 @@ def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> B
 
     prompts = [row["prompt"] for row in experiment.task.train]
     dataset = datasets.Dataset.from_dict({"prompt": prompts, "row": list(range(len(prompts)))})
-    trainer = BackspaceGRPOTrainer(
-        experiment.policy,
-        experiment.task,
-        experiment.budget,
-        experiment.terms,
-        experiment.args,
-        dataset,
-        on_rollouts=keep_traces,
-        callbacks=[Progress("grpo", folder), stop],
-    )
+    try:
+        trainer = BackspaceGRPOTrainer(
+            experiment.policy,
+            experiment.task,
+            experiment.budget,
+            experiment.terms,
+            experiment.args,
+            dataset,
+            on_rollouts=keep_traces,
+            callbacks=[Progress("grpo", folder), stop],
+        )
+    except REFUSALS as error:  # what TRL only finds out here
+        raise UserError(f"trainer: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -278,7 +147,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     for row, rollout in shown:
         line = strike(rollout.actions, policy.tokenizer, policy.rules)
         right = experiment.task.correct(row, policy.text(rollout.visible))
-        console.print(f"  {row['prompt']} ", line, "  right" if right else "  wrong", sep="")
+        console.print(f"  {last_message(row['prompt'])} ", line, "  right" if right else "  wrong", sep="")
     console.print(
         f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between sampled "
         f"and recomputed log-probs {summary['logp_gap_max']:.1e}; {summary['seconds']:.0f} s"

@@ -7,7 +7,6 @@ corrections. Every action is scored by `scoring` in the very context that a roll
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,26 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from rl_backspace.config import Config
+from rl_backspace.config import Warmup
 from rl_backspace.corrections import Correction, Corrector
 from rl_backspace.policy import Policy
 from rl_backspace.scoring import pack, score
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
-
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 64,
-    "learning_rate": 3e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "logging_steps": 10,
-    "bf16": False,
-    "save_strategy": "no",
-    "remove_unused_columns": False,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-}
 
 
 class Corrections(Dataset):
@@ -94,7 +79,7 @@ class WarmupTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-def make_corrector(policy: Policy, task: Task, budget: Budget, config: Config) -> Corrector:
+def make_corrector(policy: Policy, task: Task, budget: Budget, config: Warmup) -> Corrector:
     """A corrector whose wrong tokens are those that the task's own answers are made of."""
     eos = policy.tokenizer.eos_token_id
 
@@ -102,29 +87,22 @@ def make_corrector(policy: Policy, task: Task, budget: Budget, config: Config) -
         return [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, eos]
 
     alphabet = sorted({token for row in task.train[:2000] for token in gold(row)} - {eos})
-    return Corrector(
-        task,
-        policy.rules,
-        budget,
-        gold,
-        policy.text,
-        alphabet,
-        clean=config.warmup.clean,
-        errors=config.warmup.errors,
-        late=config.warmup.late,
-    )
+    return Corrector(task, policy.rules, budget, gold, policy.text, alphabet, config.clean, config.errors, config.late)
 
 
 def warm_up(
-    policy: Policy, task: Task, budget: Budget, config: Config, folder: Path, callbacks: list[TrainerCallback]
+    policy: Policy,
+    task: Task,
+    budget: Budget,
+    config: Warmup,
+    args: TrainingArguments,
+    callbacks: list[TrainerCallback],
 ) -> None:
-    """Train `policy.model` in place for `config.warmup.steps` steps."""
-    fields = {**DEFAULTS, **config.warmup.trainer}
-    args = TrainingArguments(output_dir=str(folder), max_steps=config.warmup.steps, seed=config.seed, **fields)
-    size = config.warmup.steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    corrector = make_corrector(policy, task, budget, config)
+    """Train `policy.model` in place for `args.max_steps` steps."""
+    size = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     prompts = policy.encode([row["prompt"] for row in task.train])
-    dataset = Corrections(corrector, task.train, prompts, size, config.warmup.group, config.seed)
+    corrector = make_corrector(policy, task, budget, config)
+    dataset = Corrections(corrector, task.train, prompts, size, config.group, args.seed)
     trainer = WarmupTrainer(policy, budget, args, dataset, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()

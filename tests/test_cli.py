@@ -157,7 +157,7 @@ def test_train_shows_progress_results_and_where_they_are(finished: tuple[Path, R
     folder, result = finished
     assert str(folder) in "".join(result.out.split("\n"))
     for stage in ("base", "before", "after"):
-        assert re.search(rf"{stage} +│ (allowed|blocked) +│ +[\d.]+ %", result.out)
+        assert re.search(rf"{stage} +│ (allowed|blocked) +│ +[\d.]+ ", result.out)
     last = re.split(r"[\r\n]", result.err)
     assert any(line.startswith("warm-up: 100%") for line in last)
     assert any(line.startswith("grpo: 100%") and "reward=" in line and "accuracy=" in line for line in last)

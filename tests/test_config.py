@@ -99,6 +99,10 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps: expected a valid integer; got 1.5 (float)"),
         ({"trainer": {"temperature": 0}}, "trainer.temperature: expected a number greater than 0; got 0 (int)"),
+        (
+            {"trainer": {"scale_rewards": "nope"}},
+            "trainer.scale_rewards: expected a valid boolean, or 'group', 'batch' or 'none'; got 'nope' (str)",
+        ),
         ({"warmup": {"trainer": {"bf16": "no"}}}, "warmup.trainer.bf16: expected a valid boolean; got 'no' (str)"),
     ],
 )
@@ -176,8 +180,13 @@ def test_the_trainers_own_defaults_pass(cls: Any, kind: Any) -> None:
     assert refused == elsewhere | more
 
 
+@pytest.mark.parametrize("field", ["loss_type", "importance_sampling_level", "multi_objective_aggregation"])
+def test_choices_that_trl_refuses_late_are_refused_early(field: str) -> None:
+    assert problems(trainer={field: "nope"})[0].startswith(f"trainer.{field}: expected '")
+
+
 @pytest.mark.parametrize(
-    "fields", [{"use_vllm": True}, {"repetition_penalty": 1.2}, {"eval_strategy": "steps"}, {"use_liger_kernel": True}]
+    "fields", [{"use_vllm": True}, {"repetition_penalty": 1.2}, {"eval_strategy": "steps"}, {"push_to_hub": True}]
 )
 def test_what_rollouts_with_deletes_cannot_honour_is_refused(fields: dict[str, Any]) -> None:
     (line,) = problems(trainer=fields)

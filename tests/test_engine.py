@@ -88,7 +88,7 @@ def test_forward_passes_are_the_non_delete_actions() -> None:
 
     engine = Engine(model, rules(), rows=5)
     body.forward = counting
-    prompts = [prompt + [3, 4] for prompt in some_prompts(20)]  # longer than one token, so that prefills differ
+    prompts = [[*prompt, 3, 4] for prompt in some_prompts(20)]  # longer than one token, so that prefills differ
     rollouts = engine.run(prompts, Budget(answer=10, actions=30))
     typed = [len(rollout.actions) - rollout.deletes for rollout in rollouts]
     assert [rollout.forward_passes for rollout in rollouts] == typed
@@ -174,9 +174,7 @@ def test_stuck_when_nothing_is_legal() -> None:
 def test_training_mode_and_traces_are_left_alone() -> None:
     model = tiny().train()
     told: list[tuple[int, int]] = []
-    rollouts = Engine(model, rules()).run(
-        some_prompts(3), Budget(6, 12), on_action=lambda *action: told.append(action)
-    )
+    rollouts = Engine(model, rules()).run(some_prompts(3), Budget(6, 12), on_action=lambda *action: told.append(action))
     assert model.training
     for index, rollout in enumerate(rollouts):
         assert [action for i, action in told if i == index] == rollout.actions

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rl_backspace.config import override, parse, parse_pretrain, read_yaml
+from rl_backspace.experiment import prepare
 from rl_backspace.pretrain import pretrain
-from rl_backspace.run import prepare, train
+from rl_backspace.run import train
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SMALL = [

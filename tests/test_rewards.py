@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from rl_backspace.rewards.correctness import checked, exact, numeric
-from rl_backspace.rewards.delete_cost import flat
-from rl_backspace.rewards.loop_penalty import repeats
 from trl.rewards import think_format_reward
 
 from rl_backspace.config import Reward
 from rl_backspace.errors import UserError
 from rl_backspace.plugins import resolve
+from rl_backspace.rewards.correctness import checked, exact, numeric
+from rl_backspace.rewards.delete_cost import flat
+from rl_backspace.rewards.loop_penalty import repeats
 from rl_backspace.semantics import Rules
 from rl_backspace.tasks import Task, signs
 from rl_backspace.terms import Term, load_terms

@@ -92,9 +92,7 @@ def test_without_deletes_a_step_equals_stock_trl(tmp_path: Path, fields: dict[st
             made.model.save_pretrained(tmp_path / "base")
             made.model.config._name_or_path = str(tmp_path / "base")
         if kind == "ours":
-            trainer: GRPOTrainer = BackspaceGRPOTrainer(
-                made, rows, Budget(ANSWER), [digits], args, dataset(rows.train)
-            )
+            trainer: GRPOTrainer = BackspaceGRPOTrainer(made, rows, Budget(ANSWER), [digits], args, dataset(rows.train))
         else:
             trainer = GRPOTrainer(
                 model=made.model,

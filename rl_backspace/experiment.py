@@ -1,0 +1,199 @@
+"""An experiment: a config with everything it names loaded and checked, before anything is trained or written."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+from trl import GRPOConfig
+
+from rl_backspace.config import Config
+from rl_backspace.engine import Engine, Rollout
+from rl_backspace.errors import UserError, one_line
+from rl_backspace.folder import refuse_existing
+from rl_backspace.plugins import load_task
+from rl_backspace.policy import Policy, create
+from rl_backspace.semantics import Budget
+from rl_backspace.tasks import Task
+from rl_backspace.terms import Term, load_terms
+from rl_backspace.trainer import reward_inputs, visible_completions
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "bf16": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+GRPO_DEFAULTS: dict[str, Any] = {**TRAINER_DEFAULTS, "gradient_checkpointing": False, "logging_steps": 1}
+WARMUP_DEFAULTS: dict[str, Any] = {
+    **TRAINER_DEFAULTS,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "logging_steps": 10,
+    "remove_unused_columns": False,
+}
+ACTIONS_PER_TOKEN = 3  # the default action budget, in answers
+REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError)  # of TRL's and transformers' configs
+
+
+@dataclass
+class Experiment:
+    """A config with everything it names loaded and checked, ready to train."""
+
+    config: Config
+    task: Task
+    policy: Policy
+    terms: list[Term]
+    budget: Budget
+    warmup_args: TrainingArguments
+    args: GRPOConfig
+
+
+def prepare(config: Config, out: Path) -> Experiment:
+    """Load and check all that can be checked without training; writes nothing.
+
+    Raises:
+        UserError: whatever the user has to mend, every independent problem on a line of its own.
+    """
+    problems: list[str] = []
+
+    def attempt(function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except UserError as error:
+            problems.append(str(error))
+
+    attempt(refuse_existing, out)
+    transformers.set_seed(config.seed)
+    args = attempt(grpo_config, config, out)
+    warmup_args = attempt(warmup_config, config, out)
+    attempt(_check_wandb, config)
+    task = attempt(load_task, config.task.model_dump(), config.seed)
+    policy = attempt(create, config.model, config.delete, config.lora, config.seed)
+    if policy is not None:
+        attempt(Engine, policy.model, policy.rules)
+    terms = attempt(load_terms, config.rewards, task, policy.rules if policy else None)
+    if problems:
+        raise UserError("\n".join(problems))
+    args.reward_weights = terms[1]
+    _one_thread_for_small_models(policy.model)
+    experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
+    _check_rows(experiment)
+    _check_prompts(experiment)
+    _check_terms(experiment)
+    return experiment
+
+
+def action_budget(config: Config) -> Budget:
+    """How far one rollout may go: `trainer.max_completion_length` visible tokens, `delete.budget` actions."""
+    answer = config.trainer.get("max_completion_length") or GRPOConfig.max_completion_length
+    return Budget(answer, config.delete.budget or ACTIONS_PER_TOKEN * answer)
+
+
+def grpo_config(config: Config, out: Path) -> GRPOConfig:
+    """TRL's config; its own refusals become one line.
+
+    Raises:
+        UserError: TRL refuses a combination of fields.
+    """
+    fields = {**GRPO_DEFAULTS, **config.trainer}
+    try:
+        return GRPOConfig(output_dir=str(out / "checkpoints"), seed=config.seed, **fields)
+    except REFUSALS as error:
+        raise UserError(f"trainer: {one_line(error)}") from error
+
+
+def warmup_config(config: Config, out: Path) -> TrainingArguments:
+    """transformers' config of the warm-up; its own refusals become one line."""
+    fields = {**WARMUP_DEFAULTS, **config.warmup.trainer}
+    steps = max(1, config.warmup.steps)
+    try:
+        return TrainingArguments(output_dir=str(out / "checkpoints"), max_steps=steps, seed=config.seed, **fields)
+    except REFUSALS as error:
+        raise UserError(f"warmup.trainer: {one_line(error)}") from error
+
+
+def _check_wandb(config: Config) -> None:
+    if config.wandb is not None and config.wandb.mode == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise UserError("wandb: mode online needs an account: run `wandb login`, or set wandb.mode to offline")
+
+
+def _one_thread_for_small_models(model: nn.Module) -> None:
+    """Below some ten million parameters a second CPU thread gains little on an idle machine and, wherever
+    something else runs beside it, costs a factor of ten in waiting. OMP_NUM_THREADS overrides this."""
+    small = sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
+    if small and not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def _check_rows(experiment: Experiment) -> None:
+    """Every prompt fits the model and every answer can be typed; raises UserError naming the first that does not."""
+    policy, task, budget = experiment.policy, experiment.task, experiment.budget
+    rows = task.train + task.test
+    prompts = policy.encode([row["prompt"] for row in rows])
+    Engine(policy.model, policy.rules).capacity([max(prompts, key=len), min(prompts, key=len)], budget)
+    answers = policy.tokenizer([row["answer"] for row in rows], add_special_tokens=False).input_ids
+    for row, ids in zip(rows, answers, strict=True):
+        if len(ids) + 1 > budget.answer:
+            raise UserError(
+                f"task: the answer {row['answer'][:40]!r} takes {len(ids) + 1} tokens with its end, but "
+                f"trainer.max_completion_length is {budget.answer}; raise it"
+            )
+        if not policy.rules.deletes.keys().isdisjoint(ids):
+            raise UserError(
+                f"delete.tokens: the answer {row['answer'][:40]!r} contains a delete token; name another"
+            )
+
+
+def _check_prompts(experiment: Experiment) -> None:
+    """A generation batch draws distinct prompts; with fewer than that, TRL would train on nothing."""
+    args, available = experiment.args, len(experiment.task.train)
+    needed = args.generation_batch_size // args.num_generations
+    if available < needed:
+        raise UserError(
+            f"task: {available} train prompts, but one generation batch takes {needed} "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}); "
+            "lower trainer.per_device_train_batch_size or give more prompts"
+        )
+
+
+def _check_terms(experiment: Experiment) -> None:
+    """Call every reward once, on reference answers, so that a broken one shows before anything is trained."""
+    policy, rows = experiment.policy, experiment.task.train[:4]
+    rollouts = []
+    for row, prompt in zip(rows, policy.encode([row["prompt"] for row in rows]), strict=True):
+        ids = [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id]
+        rollouts.append(Rollout(prompt, ids, ids, [0.0] * len(ids), "eos", 0, len(ids)))
+    prompts = [row["prompt"] for row in rows]
+    inputs = {
+        "prompts": prompts,
+        "completions": visible_completions(rollouts, prompts, policy),
+        "completion_ids": [rollout.visible for rollout in rollouts],
+        "trainer_state": transformers.TrainerState(max_steps=max(1, experiment.args.max_steps)),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    entries = reward_inputs(rollouts, rows)
+    columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
+    for term in experiment.terms:
+        result = term(**inputs, **columns)
+        if inspect.isawaitable(result):
+            asyncio.run(_finish(result))
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
