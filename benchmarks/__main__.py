@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"which to run: {', '.join(CASES)} (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="measured pairs per case, at least 2 (default 9)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1; 0: torch's own choice)")
     parser.add_argument("--out", type=Path, help="JSON file for the results (default: one by date in results/)")
     for name, default in (("batch", 64), ("prompt", 32), ("actions", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -47,7 +48,7 @@ def main() -> None:
             case = CASES[key]
             bar = progress.add_task(f"{case.name} / {case.peer}", total=given.repeats)
             ours, peer = case.setup(setting)
-            compared = compare(ours, peer, given.repeats, lambda done, bar=bar: progress.update(bar, completed=done))
+            compared = compare(ours, peer, given.repeats, on_pair=partial(progress.advance, bar))
             results[key] = report.Result(case, compared)
     report.table(list(results.values()), setting, console)
     path = given.out or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{given.size}-{torch.get_num_threads()}t.json"

@@ -50,7 +50,7 @@ class Comparison:
         return quartiles[0], quartiles[2]
 
 
-def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[int], None] = lambda done: None) -> Comparison:
+def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = lambda: None) -> Comparison:
     """Run both sides once unmeasured, then `repeats` (at least 2) times each, who goes first changing each time."""
     sides = {"ours": ours, "peer": peer}
     timings = {name: Timing([], [], []) for name in sides}
@@ -64,5 +64,5 @@ def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[int], None]
             timings[name].wall.append(time.perf_counter() - wall)
             timings[name].cpu.append(time.process_time() - cpu)
             timings[name].work.append(work)
-        on_pair(repeat + 1)
+        on_pair()
     return Comparison(timings["ours"], timings["peer"])

@@ -33,7 +33,7 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
     out = Table(
         title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
         f"{torch.get_num_threads()} thread(s)",
-        caption="rates in actions per second; ratio: median over repeats; spread: its quartiles",
+        caption="rates: actions per second; ratio: median of the repeats'; spread: their quartiles",
     )
     for name in ("ours", "peer"):
         out.add_column(name)
@@ -54,10 +54,13 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
             f"[green]{result.verdict}" if result.verdict == "ok" else f"[red]{result.verdict}",
         )
     console.print(out)
+    load, cores = _load(), os.cpu_count() or 1
+    if load > 1.5 * cores:
+        console.print(f"[yellow]the machine is busy (load {load:.1f} on {cores} cores): spreads are wide")
 
 
 def write(results: dict[str, Result], setting: Setting, path: Path) -> None:
-    """Append nothing, overwrite nothing but `path`: every repeat's work and seconds, the machine, the versions."""
+    """Every repeat's work and seconds, the machine and the versions, as JSON."""
     content = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(),
@@ -87,12 +90,17 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": _load(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "device": "cpu",
         "dtype": "float32",
     }
+
+
+def _load() -> float:
+    """Processes that ran or waited, averaged over the last minute; this one is among them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _cpu() -> str:

@@ -16,13 +16,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rl_backspace.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
+BLOCK = 16  # the cache grows by this many positions: reading a part of longer rows is slower than copying now and then
 
 
 class PointerLayer(CacheLayerMixin):
     """One layer's keys and values, each row with a write pointer of its own.
 
-    keys, values: (rows, heads, capacity, head_dim). Before each decode step `rows` and `pointers` say which
-    rows are fed and where each writes; attention sees the first `length` entries, masked by the caller.
+    keys, values: (rows, heads, length, head_dim). Before each decode step `rows` and `pointers` say which
+    rows are fed and where each writes; attention sees all `length` entries, masked by the caller.
     """
 
     is_sliding = False
@@ -32,7 +33,16 @@ class PointerLayer(CacheLayerMixin):
         self.keys, self.values, self.is_initialized = keys, values, True
         self.rows: Tensor | None = None
         self.pointers: Tensor | None = None
-        self.length = 0
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def grow(self, length: int) -> None:
+        """Make room for `length` entries per row; unused ones hold zeros, since masking does not hide a nan."""
+        missing = (0, 0, 0, length - self.length)
+        self.keys = torch.nn.functional.pad(self.keys, missing)
+        self.values = torch.nn.functional.pad(self.values, missing)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
@@ -40,7 +50,7 @@ class PointerLayer(CacheLayerMixin):
         self.keys[self.rows, :, self.pointers] = key_states[:, :, 0]
         self.values[self.rows, :, self.pointers] = value_states[:, :, 0]
         rows = key_states.shape[0]
-        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
+        return self.keys[:rows], self.values[:rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length, 0
@@ -49,22 +59,28 @@ class PointerLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        return self.keys.shape[2]
+        return self.length
 
 
 class PointerCache(Cache):
-    """A cache of `PointerLayer`s for `rows` sequences of up to `capacity` tokens, shaped like `like`'s layers."""
+    """A cache of `PointerLayer`s for `rows` sequences of up to `capacity` tokens, shaped like `like`'s layers.
+
+    It holds as many entries as the longest row so far, rounded up.
+    """
 
     def __init__(self, like: DynamicCache, rows: int, capacity: int):
+        self.capacity = capacity
+
         def buffer(states: Tensor) -> Tensor:
-            return states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
+            return states.new_zeros(rows, states.shape[1], 0, states.shape[3])
 
         super().__init__(layers=[PointerLayer(buffer(layer.keys), buffer(layer.values)) for layer in like.layers])
 
     def fill(self, first: int, prefilled: DynamicCache, source: Tensor) -> None:
         """Copy prompts into rows first, first+1, ...: `source[i]` is the prefilled row that row first+i takes."""
+        length = prefilled.layers[0].keys.shape[2]
+        self.reserve(length)
         for layer, full in zip(self.layers, prefilled.layers, strict=True):
-            length = full.keys.shape[2]
             layer.keys[first : first + len(source), :, :length] = full.keys[source]
             layer.values[first : first + len(source), :, :length] = full.values[source]
 
@@ -74,11 +90,19 @@ class PointerCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def point(self, pointers: Tensor, length: int) -> None:
-        """Feed rows 0..len(pointers)-1 next, row i writing at `pointers[i]`; attention sees `length` entries."""
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` entries."""
+        if length > self.layers[0].length:
+            for layer in self.layers:
+                layer.grow(max(length, min(-(-length // BLOCK) * BLOCK, self.capacity)))
+
+    def point(self, pointers: Tensor) -> int:
+        """Feed rows 0..len(pointers)-1 next, row i writing at `pointers[i]`; how many entries attention will see."""
+        self.reserve(int(pointers.max()) + 1)
         rows = torch.arange(len(pointers), device=pointers.device)
         for layer in self.layers:
-            layer.rows, layer.pointers, layer.length = rows, pointers, length
+            layer.rows, layer.pointers = rows, pointers
+        return self.layers[0].length
 
 
 class Backbone:
@@ -112,9 +136,7 @@ class Backbone:
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
-        length = int(pointers.max()) + 1
-        cache.point(pointers, length)
-        mask = torch.arange(length, device=ids.device) <= pointers[:, None]
+        mask = torch.arange(cache.point(pointers), device=ids.device) <= pointers[:, None]
         out = self.body(
             input_ids=ids[:, None],
             attention_mask=attention_mask(self.causal, mask[:, None, None]),

@@ -160,6 +160,7 @@ def _open(run: Path) -> tuple[Any, Any, Any, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code. A user's mistake is one line per problem and code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost a factor of ten beside other work
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

@@ -219,8 +219,12 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     if sampling.temperature == 0:
         return logprobs.argmax(-1)
     logprobs = _truncate(logprobs, sampling)
-    noise = torch.empty_like(logprobs).exponential_(generator=generator)
-    return (logprobs - noise.clamp_min(1e-30).log()).nan_to_num(nan=-torch.inf).argmax(-1)  # Gumbel-max
+    cumulative = logprobs.exp().cumsum(-1)  # one random number per row; a noise per token would cost more
+    total = cumulative[:, -1:]
+    uniform = torch.rand(len(logprobs), 1, device=logprobs.device, generator=generator)
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # the first above it: never one of mass 0
+    return chosen.clamp(max=logprobs.shape[-1] - 1)  # rows of nan, where nothing is legal, end up behind the last
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:

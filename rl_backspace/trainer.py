@@ -72,7 +72,8 @@ class BackspaceGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         _copy_token_rows_to_reference(self.model)
-        self.engine = Engine(self.model, policy.rules)
+        rows = args.per_device_train_batch_size * args.steps_per_generation  # a generation batch at once, as TRL does
+        self.engine = Engine(self.model, policy.rules, rows)
         self._generator = torch.Generator(self.accelerator.device)
         self._generator.manual_seed(args.seed + self.accelerator.process_index)
 

@@ -30,16 +30,16 @@ def flat(rollouts: list[Rollout]) -> tuple[torch.Tensor, torch.Tensor, int]:
     return ids, real, steps
 
 
-def rolled(model: torch.nn.Module, played: Rules, count: int = 10, temperature: float = 0.7) -> list[Rollout]:
+def rolled(model: torch.nn.Module, played: Rules, count: int = 16, temperature: float = 0.7) -> list[Rollout]:
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(3, VOCAB - 3, (n,), generator=generator).tolist()
         for n in torch.randint(1, 7, (count,), generator=generator).tolist()
     ]
     with torch.no_grad():
-        model.get_output_embeddings().weight[DELETE - 2 :] *= 2  # type: ignore[operator]
+        model.get_output_embeddings().weight[DELETE - 2 :] *= 3  # type: ignore[operator]
     rollouts = Engine(model, played).run(prompts, BUDGET, Sampling(temperature), generator)
-    assert sum(r.deletes for r in rollouts) > count // 2
+    assert sum(r.deletes for r in rollouts) >= 8
     return rollouts
 
 

@@ -117,10 +117,12 @@ def deleter(tmp_path: Path) -> Policy:
     plain.model.save_pretrained(tmp_path / "model")
     plain.tokenizer.save_pretrained(tmp_path / "model")
     made = create(str(tmp_path / "model"), Delete(retry="ban"), Lora(r=4, alpha=8), seed=0)
+    ids = torch.tensor(made.encode([row["prompt"] for row in task().train if len(row["prompt"]) == 4]))
     with torch.no_grad():
+        hidden = made.model.get_base_model().base_model(input_ids=ids).last_hidden_state.mean((0, 1))
         for name, parameter in made.model.named_parameters():
             if "lm_head" in name and "trainable_tokens_delta" in name:
-                parameter.normal_(std=0.8)
+                parameter.copy_(4 * hidden / hidden.square().sum())  # a logit of 4 on average
             elif "lora_B" in name:
                 parameter.normal_(std=0.02)
     return made

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.profile`: where the time of the rollouts goes, part by part.
+
+CPU time of the main thread, so that waiting for other processes does not count; each part without the parts
+inside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from benchmarks.cases import CASES, Setting
+from benchmarks.measure import Side
+from rl_backspace.backbone import Backbone, PointerLayer
+from rl_backspace.engine import Engine, _Batch
+
+REST = "bookkeeping: machines, rows, results"
+
+
+class Clock:
+    """Splits time among the functions that it watches.
+
+    Attributes:
+        spent: seconds by part.
+    """
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        self._open: list[tuple[str, bool]] = [(REST, False)]  # part, and whether it takes what is inside it too
+        self._last = time.thread_time()
+
+    def _turn(self) -> None:
+        now = time.thread_time()
+        self.spent[self._open[-1][0]] += now - self._last
+        self._last = now
+
+    def watch(self, function: Callable[..., Any], part: str, whole: bool) -> Callable[..., Any]:
+        """The function, timed as `part`; `whole`: with everything inside it."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._open.append(self._open[-1] if self._open[-1][1] else (part, whole))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self._open.pop()
+
+        return timed
+
+    def measure(self, side: Side, repeats: int) -> dict[str, float]:
+        """Seconds by part of one run of `side`, the mean of `repeats`."""
+        side()
+        self.spent.clear()
+        self._last = time.thread_time()
+        for _ in range(repeats):
+            side()
+        self._turn()
+        return {part: seconds / repeats for part, seconds in self.spent.items()}
+
+
+def instrument() -> Clock:
+    """Put the clock into the engine and what it calls, for the rest of this process."""
+    clock = Clock()
+    watched: list[tuple[Any, str, str, bool]] = [
+        (Backbone, "prefill", "prompts: one forward pass for all", True),
+        (Backbone, "decode", "tokens: the model's Python, norms, rotary embeddings", False),
+        (Backbone, "logits", "choosing: output head", True),
+        (Engine, "_sample", "choosing: legality, softmax, draw", False),
+        (_Batch, "anchors", "choosing: hidden states of the anchors", True),
+        (PointerLayer, "update", "tokens: writing into the cache", True),
+        (torch.nn.Linear, "forward", "tokens: linear layers", True),
+    ]
+    for owner, name, part, whole in watched:
+        setattr(owner, name, clock.watch(getattr(owner, name), part, whole))
+    for name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS[name] = clock.watch(ALL_ATTENTION_FUNCTIONS[name], "tokens: attention", True)
+    return clock
+
+
+def main(repeats: int = 10) -> None:
+    torch.set_num_threads(1)
+    setting = Setting()
+    sides = {key: CASES[key].setup(setting)[0] for key in ("generate", "recompute")}
+    clock = instrument()
+    spent = {key: clock.measure(side, repeats) for key, side in sides.items()}
+    table = Table(title=f"ms of {setting.batch} rollouts of {setting.actions} actions, 1 thread")
+    table.add_column("part")
+    for key in sides:
+        table.add_column(CASES[key].name, justify="right")
+    totals = {key: sum(took.values()) for key, took in spent.items()}
+    for part in sorted(spent["generate"], key=spent["generate"].__getitem__, reverse=True):
+        cells = [f"{1000 * took[part]:.0f}  ({took[part] / totals[key]:4.0%})" for key, took in spent.items()]
+        table.add_row(part, *cells)
+    table.add_section()
+    table.add_row("all", *(f"{1000 * total:.0f}  (100%)" for total in totals.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
