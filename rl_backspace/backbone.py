@@ -47,8 +47,8 @@ class PointerLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys[self.rows, :, self.pointers] = key_states[:, :, 0]
-        self.values[self.rows, :, self.pointers] = value_states[:, :, 0]
+        self.keys[self.rows, :, self.pointers] = key_states[:, :, 0].to(self.keys.dtype)  # under autocast they differ
+        self.values[self.rows, :, self.pointers] = value_states[:, :, 0].to(self.values.dtype)
         rows = key_states.shape[0]
         return self.keys[:rows], self.values[:rows]
 
@@ -125,6 +125,11 @@ class Backbone:
         limits = [getattr(self.config, "max_position_embeddings", None)]
         if getattr(self.config, "sliding_window", None) and _slides(self.config):
             limits.append(self.config.sliding_window)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for part in (rope, *rope.values()):  # by layer type in some families
+            if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+                # beyond this length its frequencies depend on the longest row of the batch
+                limits.append(part.get("original_max_position_embeddings"))
         return min([limit for limit in limits if limit], default=2**31)
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -228,7 +233,8 @@ def _refuse_by_config(causal: PreTrainedModel) -> None:
         raise UserError(f"{name} is an encoder-decoder; deleting needs a decoder-only causal language model")
     state = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if state:
-        raise UserError(f"{name} cannot rewind: its {', '.join(sorted(state))} layers keep a state that has no past")
+        kinds = ", ".join(sorted(state))
+        raise UserError(f"{name} cannot rewind: its layers of type {kinds} are not full attention over all tokens")
     if getattr(causal, "_is_stateful", False):
         raise UserError(f"{name} cannot rewind: it is recurrent, so its state has no past to go back to")
     if config._attn_implementation not in MASKED_ATTENTION:

@@ -58,10 +58,11 @@ class Progress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C lets the current step end, so that what is kept is whole; a second one stops at once."""
+    """In training, the first Ctrl-C lets the current step end, so that what is kept is whole; a second one stops
+    at once. Elsewhere the first one does."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.training = False
         self._previous: Any = None
 
     def __enter__(self) -> StopOnInterrupt:
@@ -72,7 +73,7 @@ class StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self._previous)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked or not self.training:
             raise KeyboardInterrupt
         self.asked = True
         tqdm.write("stopping after this step; once more to stop at once")
@@ -80,3 +81,9 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.asked:
             control.should_training_stop = True
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.training = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.training = False

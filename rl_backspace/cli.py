@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models that can take it back: teach one when to press delete.",
 )
+LAST_SEED = 2**32 - 1  # as in experiment files
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigPath = Annotated[
@@ -71,7 +72,7 @@ def evaluate(
     rows: Annotated[
         int | None, typer.Option(min=1, help="test prompts, at most; default: as in the run's config")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of the sampling; default: the run's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LAST_SEED, help="of the sampling; default: the run's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Accuracy of a trained run on its test prompts, token allowed and blocked, sampled and greedy."""
@@ -94,7 +95,7 @@ def generate(
     run: RunPath,
     prompts: Annotated[list[str] | None, typer.Argument(help="default: three of the task's test prompts")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="of the sampling")] = 0,
     delay: Annotated[float, typer.Option(min=0, help="seconds between actions in a terminal")] = 0.15,
 ) -> None:
     """Print a trace as it happens: typing, striking out, retyping."""

@@ -123,7 +123,7 @@ class PretrainConfig(Strict):
     context: PositiveInt = Field(default=256, description="longest sequence in tokens")
     steps: PositiveInt = 7000
     batch: PositiveInt = Field(default=64, description="sequences per step")
-    learning_rate: float = Field(default=2e-3, description="peak of a one-cycle schedule")
+    learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak of a one-cycle schedule")
 
 
 class _Loader(yaml.SafeLoader):
@@ -218,7 +218,8 @@ def parse(content: Mapping[str, Any]) -> Config:
 def parse_pretrain(content: Mapping[str, Any]) -> PretrainConfig:
     problems: list[str] = []
     config = _validate(PretrainConfig, content, problems)
-    if config is None:
+    problems += _sizes(content)
+    if problems or config is None:
         raise UserError("\n".join(problems))
     return config
 
@@ -307,6 +308,14 @@ OURS = {
     "reward_weights": "set each reward's weight in rewards",
 }
 WARMUP_OURS = {"max_steps": "set warmup.steps", "remove_unused_columns": "the warm-up's columns are its own"}
+
+
+def _steps(steps: int) -> int:
+    if steps != -1 and steps <= 0:
+        raise ValueError("a number greater than 0, or -1 to train for trainer.num_train_epochs")
+    return steps
+
+
 LIMITS: dict[str, Any] = {  # what rollouts take, and choices that TRL would refuse only once it trains
     "temperature": Annotated[float, Field(gt=0)],
     "top_k": Annotated[int, Field(ge=0)],
@@ -315,6 +324,8 @@ LIMITS: dict[str, Any] = {  # what rollouts take, and choices that TRL would ref
     "max_completion_length": PositiveInt,
     "per_device_train_batch_size": PositiveInt,
     "num_generations": PositiveInt,
+    "max_steps": Annotated[int, AfterValidator(_steps)],
+    "num_train_epochs": Annotated[float, Field(gt=0)],
     "loss_type": Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"],
     "importance_sampling_level": Literal["token", "sequence"],
     "scale_rewards": bool | Literal["group", "batch", "none"],
@@ -330,6 +341,10 @@ UNSUPPORTED = {
     "cast_lm_head_to_fp32": "the delete token's own row is trained there",
     "push_to_hub": "the adapter folder is yours to upload",
     "eval_strategy": "test prompts are measured before and after; set evaluation.rows",
+    "eval_on_start": "test prompts are measured before and after; set evaluation.rows",
+    "chat_template_kwargs": "prompts are rendered by the tokenizer's chat template as it is; edit the template",
+    "model_init_kwargs": "the base model is loaded as its own config.json says; edit that",
+    "sync_ref_model": "the reference is the adapter as it was when RL began",
 }
 
 
@@ -397,6 +412,28 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
     rewards = _part(dict[str, Reward], content.get("rewards"))
     if rewards and all(reward.weight == 0 for reward in rewards.values()):
         problems.append("rewards: every weight is 0, so there is nothing to learn from; give one a weight")
+    return problems
+
+
+def _sizes(content: Mapping[str, Any]) -> list[str]:
+    """Sizes of a base model that are each valid but make none; sizes that are not valid are left out."""
+    from rl_backspace.pretrain import character_tokenizer
+
+    defaults = {name: field.default for name, field in PretrainConfig.model_fields.items()}
+    vocab_size, width, heads = (
+        _part(PositiveInt, content.get(name, defaults[name])) for name in ("vocab_size", "width", "heads")
+    )
+    problems = []
+    characters = len(character_tokenizer())
+    if vocab_size and vocab_size <= characters:
+        problems.append(
+            f"vocab_size: got {vocab_size}; the tokenizer's {characters} characters and a spare row for a delete "
+            f"token need {characters + 1} or more"
+        )
+    if width and heads and width % (2 * heads):
+        problems.append(
+            f"width: {width} is not an even number for each of {heads} heads; give a multiple of {2 * heads}"
+        )
     return problems
 
 

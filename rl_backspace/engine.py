@@ -117,7 +117,8 @@ class Engine:
         `on_action(prompt index, action)` is told of each action as it is chosen.
 
         Raises:
-            UserError: a prompt is empty, or does not fit the model's context together with the budget.
+            UserError: a prompt is empty, or does not fit the model's context together with the budget; or the
+                model's logits are not numbers.
         """
         done: list[Rollout | None] = [None] * len(prompts)
         causal = self.backbone.causal
@@ -184,6 +185,8 @@ class Engine:
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per acting row; action -1 where none is legal."""
         logits = self.backbone.logits(batch.anchors(acting))
+        if logits.isnan().any():
+            raise UserError("the policy's logits are not numbers: training diverged; lower trainer.learning_rate")
         rows, tokens = [], []
         for n, i in enumerate(acting):
             illegal = batch.rows[i].machine.illegal()
@@ -219,12 +222,13 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     if sampling.temperature == 0:
         return logprobs.argmax(-1)
     logprobs = _truncate(logprobs, sampling)
-    cumulative = logprobs.exp().cumsum(-1)  # one random number per row; a noise per token would cost more
+    # one random number per row, where a noise per token would cost more; double, so that rounding adds no mass
+    cumulative = logprobs.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(len(logprobs), 1, device=logprobs.device, generator=generator)
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]  # the first above it: never one of mass 0
-    return chosen.clamp(max=logprobs.shape[-1] - 1)  # rows of nan, where nothing is legal, end up behind the last
+    uniform = torch.rand(len(logprobs), 1, device=logprobs.device, dtype=torch.double, generator=generator)
+    chosen = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logprobs.shape[-1] - 1)
+    possible = logprobs.gather(1, chosen).isfinite()  # a parallel sum need not be monotone to the last digit
+    return torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))[:, 0]
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:

@@ -83,6 +83,9 @@ def prepare(config: Config, out: Path) -> Experiment:
     policy = attempt(create, config.model, config.delete, config.lora, config.seed)
     if policy is not None:
         attempt(Engine, policy.model, policy.rules)
+        for name, its in (("trainer", args), ("warmup.trainer", warmup_args)):
+            if its is not None:
+                attempt(_check_optimizer, its, policy.model, name)
     terms = attempt(load_terms, config.rewards, task, policy.rules if policy else None)
     if problems:
         raise UserError("\n".join(problems))
@@ -91,6 +94,7 @@ def prepare(config: Config, out: Path) -> Experiment:
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
     _check_rows(experiment)
     _check_prompts(experiment)
+    _check_task(task)
     _check_terms(experiment)
     return experiment
 
@@ -124,6 +128,21 @@ def warmup_config(config: Config, out: Path) -> TrainingArguments:
         raise UserError(f"warmup.trainer: {one_line(error)}") from error
 
 
+def _check_optimizer(args: TrainingArguments, model: nn.Module, name: str) -> None:
+    """Make the optimizer and the schedule for a parameter of no importance; raises UserError with the refusal."""
+    try:
+        cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        parameters = [nn.Parameter(torch.zeros(1))]
+        own = {"params", "model", "optimizer_dict"} & set(options)  # it is made for the model's own parameters
+        optimizer = torch.optim.SGD(parameters) if own else cls(parameters, **options)
+        steps = args.max_steps if args.max_steps > 0 else 1000
+        transformers.get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+        )
+    except REFUSALS as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+
+
 def _check_wandb(config: Config) -> None:
     if config.wandb is not None and config.wandb.mode == "online":
         import wandb
@@ -154,9 +173,7 @@ def _check_rows(experiment: Experiment) -> None:
                 f"trainer.max_completion_length is {budget.answer}; raise it"
             )
         if not policy.rules.deletes.keys().isdisjoint(ids):
-            raise UserError(
-                f"delete.tokens: the answer {row['answer'][:40]!r} contains a delete token; name another"
-            )
+            raise UserError(f"delete.tokens: the answer {row['answer'][:40]!r} contains a delete token; name another")
 
 
 def _check_prompts(experiment: Experiment) -> None:
@@ -169,6 +186,13 @@ def _check_prompts(experiment: Experiment) -> None:
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}); "
             "lower trainer.per_device_train_batch_size or give more prompts"
         )
+
+
+def _check_task(task: Task) -> None:
+    """Call the task's own functions once, on reference answers; raises UserError where one breaks."""
+    for row in task.train[:4] + task.test[:4]:
+        task.correct(row, row["answer"])
+        task.alive(row, row["answer"])
 
 
 def _check_terms(experiment: Experiment) -> None:

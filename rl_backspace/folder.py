@@ -8,6 +8,7 @@ adapter/          adapter, tokenizer, semantics  summary.json    before and afte
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -114,7 +115,34 @@ def refuse_existing(path: Path) -> None:
     """Nothing is ever overwritten.
 
     Raises:
-        UserError: the path is a file, or a folder that is not empty.
+        UserError: the path is a file, a folder that is not empty, or one that cannot be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        _refuse_impossible(path)
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder: {error.strerror}; choose another with --out") from error
+    if taken and (path / "config.yaml").exists() and not (path / "summary.json").exists():
+        raise UserError(
+            f"{path}: already there, and the run in it did not finish; its adapter, if any, is in "
+            f"{path / 'adapter'}; choose another folder with --out, or remove this one"
+        )
+    if taken:
         raise UserError(f"{path}: already there and not empty; choose another folder with --out, or another name")
+
+
+def _refuse_impossible(path: Path) -> None:
+    """Raises the OSError that making the folder would: a file on the way to it, or a name that is too long."""
+    there = next(parent for parent in (path, *path.absolute().parents) if _is_there(parent))
+    if there != path and not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+    for part in path.parts:
+        _is_there(there.parent / part)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

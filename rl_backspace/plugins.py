@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ from typing import Any
 
 from rl_backspace.config import type_problem
 from rl_backspace.errors import UserError, nearest, one_line
-from rl_backspace.tasks import BUNDLED, Task
+from rl_backspace.tasks import BUNDLED, Row, Task
 
 
 def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., Any]:
@@ -154,13 +155,57 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
         raise UserError(f"task: {fn} raised {one_line(error)}") from error
     if not isinstance(task, Task):
         raise UserError(f"task.fn: {fn!r} returned {type(task).__name__}; expected rl_backspace.tasks.Task")
-    if not task.train or not task.test:
-        counts = f"{len(task.train)} train and {len(task.test)} test rows"
+    train, test = _rows(task.train, fn), _rows(task.test, fn)
+    if not train or not test:
+        counts = f"{len(train)} train and {len(test)} test rows"
         raise UserError(f"task: {fn} gave {counts}; expected at least one of each")
-    for row in task.train + task.test:
-        if not isinstance(row.get("prompt"), str | list) or not isinstance(row.get("answer"), str):
+    columns = dict.fromkeys(column for row in train + test for column in row)
+    train, test = ([{column: row.get(column) for column in columns} for row in rows] for rows in (train, test))
+    functions = {} if fn in BUNDLED else {name: Guarded(getattr(task, name), name, fn) for name in ("correct", "alive")}
+    return dataclasses.replace(task, train=train, test=test, **functions)
+
+
+def _rows(rows: Any, fn: str) -> list[Row]:
+    """The rows of one split, once each is of use.
+
+    Raises:
+        UserError: they are not rows, or one lacks its prompt or its answer.
+    """
+    try:
+        rows = list(rows)
+    except TypeError as error:
+        raise UserError(f"task: {fn} gave a {type(rows).__name__} for rows; expected a list of them") from error
+    for row in rows:
+        if not isinstance(row, dict) or not _is_prompt(row.get("prompt")) or not isinstance(row.get("answer"), str):
             raise UserError(
-                f"task: {fn} gave the row {str(row)[:80]}; "
+                f"task: {fn} gave the row {' '.join(str(row).split())[:80]}; "
                 "expected a 'prompt', text or chat messages, and an 'answer', text"
             )
-    return task
+        for column in row:
+            if not isinstance(column, str):
+                raise UserError(f"task: {fn} gave a row with the column {column!r}; expected text as a column's name")
+    return rows
+
+
+def _is_prompt(prompt: Any) -> bool:
+    """Whether it is text or chat messages."""
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    return isinstance(prompt, str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarded:
+    """A plug-in task's function, named when it breaks."""
+
+    function: Callable[[Row, str], bool]
+    name: str
+    fn: str
+
+    def __call__(self, row: Row, text: str) -> bool:
+        try:
+            return self.function(row, text)
+        except UserError:
+            raise
+        except Exception as error:  # a plug-in may raise anything
+            raise UserError(f"task: {self.name!r} of {self.fn} raised {one_line(error)}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,24 @@ class Policy:
         return self.tokenizer.decode(visible, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, save_embedding_layers=False)
-        self.tokenizer.save_pretrained(folder)
-        (folder / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
+        """Write the folder anew beside the old one, then swap: a full disk or an interrupt leaves the old one whole.
+
+        Raises:
+            UserError: the weights are not numbers, and an older adapter is not to be lost for them.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not all(parameter.isfinite().all() for parameter in trained):
+            raise UserError(f"training diverged: the weights are not numbers, so {folder} is left as it was")
+        new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.model.save_pretrained(new, save_embedding_layers=False, selected_adapters=["default"])
+        self.tokenizer.save_pretrained(new)
+        (new / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _semantics(self) -> dict[str, Any]:
         rules = self.rules
@@ -103,6 +119,8 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = AutoModelForCausalLM.from_pretrained(source)
     except Exception as error:  # a folder may hold anything, and each loader has errors of its own
         raise UserError(f"model: {model!r} cannot be loaded ({first_line(error).rstrip('.')}); {advice}") from error
+    if torch.cuda.is_available():
+        base.to("cuda")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
     if tokenizer.pad_token_id is None:
@@ -195,8 +213,10 @@ def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     with torch.no_grad():
         for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
             used = embedding.weight[:spare].float()  # a fresh row: the mean of the used ones, and noise
-            noise = torch.randn(used.shape[1], device=used.device) * used.std(0) * 0.1
-            embedding.weight[index] = (used.mean(0) + noise).to(embedding.weight.dtype)
+            noise = (
+                torch.randn(used.shape[1]).to(used.device) * used.std(0) * 0.1
+            )  # drawn on the CPU: the same everywhere
+            embedding.weight[index] = (used.mean(0) + 0.1 * used.std(0) * noise).to(embedding.weight.dtype)
             if base.config.get_text_config().tie_word_embeddings:
                 break
     return index

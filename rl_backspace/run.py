@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -16,9 +17,10 @@ from rl_backspace.callbacks import Progress, StopOnInterrupt
 from rl_backspace.display import console, last_message, results_table, strike
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
-from rl_backspace.evaluate import evaluate
+from rl_backspace.evaluate import evaluate, is_right
 from rl_backspace.experiment import REFUSALS, Experiment
 from rl_backspace.folder import RunFolder
+from rl_backspace.policy import Policy
 from rl_backspace.tasks import Row
 from rl_backspace.trainer import BackspaceGRPOTrainer
 from rl_backspace.warmup import warm_up
@@ -55,8 +57,14 @@ def train(experiment: Experiment, out: Path) -> Path:
             policy.save(folder.adapter)
             _raise_if(stop.asked)
             measure("after")
-        except BaseException:  # an interrupt, a reward that raises, a full disk: what was learned is kept
-            policy.save(folder.adapter)
+        except KeyboardInterrupt:
+            _keep(policy, folder)
+            raise
+        except Exception as error:  # a reward that raises, weights that diverge, a full disk
+            kept = _keep(policy, folder)
+            if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
+                said = str(error) if isinstance(error, UserError) else one_line(error)
+                raise UserError(f"{said}; {kept}") from error
             raise
         summary = summarise(stages, trainer, time.time() - started)
         folder.summarise(summary)
@@ -64,6 +72,15 @@ def train(experiment: Experiment, out: Path) -> Path:
         (out / "checkpoints").rmdir()
     report(experiment, stages, summary, folder)
     return out
+
+
+def _keep(policy: Policy, folder: RunFolder) -> str:
+    """Save what was learned so far; where it is, or why it is not there."""
+    try:
+        policy.save(folder.adapter)
+    except (UserError, OSError, SafetensorError) as error:
+        return f"the adapter could not be saved ({one_line(error)})"
+    return f"the adapter as it was is in {folder.adapter}"
 
 
 def _raise_if(interrupted: bool) -> None:
@@ -146,7 +163,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     console.print("\nsampled traces, deleted text struck through")
     for row, rollout in shown:
         line = strike(rollout.actions, policy.tokenizer, policy.rules)
-        right = experiment.task.correct(row, policy.text(rollout.visible))
+        right = is_right(policy, experiment.task, row, rollout)
         console.print(f"  {last_message(row['prompt'])} ", line, "  right" if right else "  wrong", sep="")
     console.print(
         f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between sampled "

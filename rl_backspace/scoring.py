@@ -3,8 +3,8 @@
 A flat prompt + trace is the wrong context from the first delete on. Here each distinct context of a prompt
 becomes one slot (`semantics.layout`): it holds the token that made the context, attends to the context and
 itself, and its output scores every action that was chosen there. A delete goes back to a slot that is there
-already, and traces of the same prompt share the prompt and whatever they have in common, so there are never
-more slots than in TRL's own layout. Everything is a function of TRL's `input_ids` and `attention_mask`, so
+already, and traces of the same prompt share the prompt and whatever they have in common; there are never more
+slots than in TRL's own layout. Everything is a function of TRL's `input_ids` and `attention_mask`, so
 policy, old and reference log-probs follow from one function.
 
 Shapes: B traces of at most K actions; R rows of L slots are fed to the model, the prompt's in front; V token ids.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rl_backspace.backbone import attention_mask, causal_lm
 from rl_backspace.semantics import Budget, Layout, Rules, layout
 
-SHARED_SLOTS = 256  # a row takes traces of one prompt up to this many slots, or the prompt's own length
+SHARED_SLOTS = 256  # a row takes traces of one prompt up to this many slots
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,27 @@ def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, bu
         semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
     """
     start = input_ids.shape[1] - steps
-    rows: list[_Row] = []
-    open_row: dict[tuple[int, ...], int] = {}
+    prompts, traces = [], []
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        real = [token for token, kept in zip(ids, mask, strict=True) if kept]
+        length = sum(mask[:start])
+        prompts.append(tuple(real[:length]))
+        traces.append(layout(real[length:], rules, budget))
+    longest = max(len(trace.tokens) for trace in traces)
+    # sharing saves most when every prompt has many traces; with few, rows would differ too much in length
+    shared, apart = (_fill(prompts, traces, most) for most in (max(SHARED_SLOTS, longest), longest))
+    rows, placed = min((shared, apart), key=lambda filled: len(filled[0]) * max(len(row.tokens) for row in filled[0]))
+
     found: dict[tuple[int, int, tuple[int, ...]], int] = {}  # (row, slot, illegal) -> choice
     choices = []
-    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
-        prompt = tuple(token for token, real in zip(ids[:start], mask, strict=False) if real)
-        trace = layout([token for token, real in zip(ids[start:], mask[start:], strict=True) if real], rules, budget)
-        at = open_row.get(prompt, -1)
-        if at < 0 or len(rows[at].tokens) + len(trace.tokens) > max(SHARED_SLOTS, len(prompt)):
-            at = open_row[prompt] = len(rows)
-            rows.append(_Row(prompt))
-        placed = rows[at].add(trace)
-        choices.append(
-            [
-                found.setdefault((at, placed[node] if node >= 0 else -1, tuple(illegal)), len(found))
-                for node, illegal in zip(trace.anchors, trace.illegal, strict=True)
-            ]
-        )
+    for trace, (at, slots) in zip(traces, placed, strict=True):
+        made = [
+            found.setdefault((at, slots[node] if node >= 0 else -1, tuple(illegal)), len(found))
+            for node, illegal in zip(trace.anchors, trace.illegal, strict=True)
+        ]
+        choices.append(made + [0] * (steps - len(made)))
+    if not found:  # every trace is masked out: one choice, which no loss counts
+        found[0, -1, ()] = 0
     device, keep = input_ids.device, 1 + max(len(row.tokens) for row in rows)
     illegal_pairs = [(choice, token) for (_, _, tokens), choice in found.items() for token in tokens]
     ids, positions, allowed = _lay_out(rows)
@@ -112,9 +115,25 @@ def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, bu
         keep,
         torch.tensor([row * keep + slot + 1 for row, slot, _ in found], device=device),
         tuple(torch.tensor(illegal_pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)),  # type: ignore[arg-type]
-        torch.tensor([made + [0] * (steps - len(made)) for made in choices], device=device),
+        torch.tensor(choices, device=device),
         input_ids[:, start:],
     )
+
+
+def _fill(
+    prompts: list[tuple[int, ...]], traces: list[Layout], most: int
+) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
+    """Rows of at most `most` slots behind their prompts, and each trace's row and the slots of its nodes."""
+    rows: list[_Row] = []
+    open_row: dict[tuple[int, ...], int] = {}
+    placed = []
+    for prompt, trace in zip(prompts, traces, strict=True):
+        at = open_row.get(prompt, -1)
+        if at < 0 or len(rows[at].tokens) + len(trace.tokens) > most:
+            at = open_row[prompt] = len(rows)
+            rows.append(_Row(prompt))
+        placed.append((at, rows[at].add(trace)))
+    return rows, placed
 
 
 def _lay_out(rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:

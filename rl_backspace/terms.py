@@ -21,6 +21,7 @@ Term = Callable[..., Any]
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 INPUTS = (*FROM_TRL, "rows", "actions", "deletes", "ends", "task", "rules")
 """What a function may ask for by name, besides the task's columns."""
+TAKEN = (*INPUTS, "completion")  # TRL drops a column of this name
 
 
 def load_terms(rewards: Mapping[str, Reward], task: Task | None, rules: Rules | None) -> tuple[list[Term], list[float]]:
@@ -31,9 +32,9 @@ def load_terms(rewards: Mapping[str, Reward], task: Task | None, rules: Rules | 
     """
     terms: list[Term] = []
     problems = [
-        f"task: a column is called {column!r}, by which rewards know something else; rename it"
+        f"task: a column is called {column!r}, by which rewards know something else; rename it in your data"
         for column in (task.train[0] if task else ())
-        if column in FROM_TRL
+        if column in TAKEN
     ]
     for name, reward in rewards.items():
         where = f"rewards.{name}"
@@ -69,7 +70,7 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def arguments(inputs: dict[str, Any]) -> dict[str, Any]:
-        everything = {**inputs, **shared, **reward.kwargs}  # in this order: a column may be called "task"
+        everything = {**inputs, **shared, **reward.kwargs}
         return everything if takes_all else {key: value for key, value in everything.items() if key in parameters}
 
     def checked(values: Any, inputs: dict[str, Any]) -> list[float | None]:
@@ -80,6 +81,8 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
         async def term(**inputs: Any) -> list[float | None]:
             try:
                 values = await function(**arguments(inputs))
+            except UserError:  # the task's own functions name themselves
+                raise
             except Exception as error:
                 raise _raised(name, reward.fn, error) from error
             return checked(values, inputs)
@@ -88,6 +91,8 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
         def term(**inputs: Any) -> list[float | None]:  # type: ignore[misc]
             try:
                 values = function(**arguments(inputs))
+            except UserError:
+                raise
             except Exception as error:
                 raise _raised(name, reward.fn, error) from error
             return checked(values, inputs)

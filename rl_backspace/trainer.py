@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl_backspace.engine import Engine, Rollout, Sampling
 from rl_backspace.errors import UserError
+from rl_backspace.evaluate import is_right
 from rl_backspace.policy import Policy
 from rl_backspace.scoring import pack, score
 from rl_backspace.semantics import Budget
@@ -82,7 +83,8 @@ class BackspaceGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`: prompts arrive once per generation."""
-        rollouts = self.engine.run(self.policy.encode(prompts), self.budget, self.sampling, self._generator)
+        with self.accelerator.autocast():  # as scoring does
+            rollouts = self.engine.run(self.policy.encode(prompts), self.budget, self.sampling, self._generator)
         self._rollouts, self._rollout_step = rollouts, self.state.global_step
         self.forward_passes += sum(rollout.forward_passes for rollout in rollouts)
         self.actions += sum(len(rollout.actions) for rollout in rollouts)
@@ -112,10 +114,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
     def _log_rollouts(self, rows: list[Row]) -> None:
         mode = "train" if self.model.training else "eval"
         count = len(self._rollouts)
-        right = sum(
-            r.end == "eos" and self.task.correct(row, self.policy.text(r.visible))
-            for r, row in zip(self._rollouts, rows, strict=True)
-        )
+        right = sum(is_right(self.policy, self.task, row, r) for r, row in zip(self._rollouts, rows, strict=True))
         means = {
             "accuracy": right / count,
             "deletes_per_answer": sum(r.deletes for r in self._rollouts) / count,

@@ -167,6 +167,26 @@ def test_a_delete_takes_no_slot_and_no_context_is_fed_twice() -> None:
     assert packed.allowed[0, 0, 6].tolist() == [True, True, True, False, False, True, True, False, False]
 
 
+def test_never_more_slots_than_one_row_a_trace() -> None:
+    """One prompt with many traces among many with one: rows stay as short as the longest trace."""
+    played = rules("erase", "free")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[3, 4, 5]] * 6 + [[6, 7, 3 + i] for i in range(20)]
+    traces = torch.randint(3, 20, (26, 40), generator=generator)
+    ids = torch.cat([torch.tensor(prompts), traces], dim=1)
+    packed = pack(ids, torch.ones_like(ids), 40, played)
+    assert packed.input_ids.numel() <= ids.numel()
+
+
+def test_masked_out_traces_are_left_out() -> None:
+    """As TRL's mask_truncated_completions does it: the mask of a whole trace is zero."""
+    played = rules("erase", "free")
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9]])
+    real = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    logps, entropy = score(tiny(), pack(ids, real, 2, played), entropy=True)
+    assert logps.shape == (2, 2) and logps.isfinite().all() and entropy is not None
+
+
 def test_illegal_traces_are_refused() -> None:
     ids = torch.tensor([[5, 6, DELETE, 8]])
     with pytest.raises(IllegalAction):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,51 @@ def test_scores_what_it_sampled_and_rewards_see_what_is_visible(deleter: Policy,
     logged = trainer.state.log_history[0]
     for key in ("accuracy", "deletes_per_answer", "reward", "rewards/look/mean", "rewards/look/std", "logp_gap_max"):
         assert isinstance(logged[key], float)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_iterations": 2, "max_steps": 4},
+        {"bf16": True, "use_cpu": True},
+        {"mask_truncated_completions": True},
+        {"top_k": 3, "temperature": 0.8},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_the_gap_stays_at_rounding(deleter: Policy, tmp_path: Path, fields: dict[str, Any]) -> None:
+    rows = task()
+    trainer = BackspaceGRPOTrainer(
+        deleter, rows, Budget(ANSWER, 20), [digits], config(tmp_path, **fields), dataset(rows.train)
+    )
+    trainer.train()
+    assert trainer.deletes > 10
+    assert trainer.logp_gap_max < (0.05 if fields.get("bf16") else 1e-4)
+
+
+def test_logged_accuracy_counts_finished_right_answers(deleter: Policy, tmp_path: Path) -> None:
+    """Against a task whose checker accepts short texts, finished or not."""
+    rows, right = task(), []
+    rows = Task(rows.train, rows.test, correct=lambda row, text: len(text) < 3)
+
+    def look(rollouts: list[Rollout], _: Any, __: Any) -> None:
+        right.append(sum(r.end == "eos" and len(deleter.text(r.visible)) < 3 for r in rollouts) / len(rollouts))
+
+    args = config(tmp_path, max_steps=3, per_device_train_batch_size=64)
+    trainer = BackspaceGRPOTrainer(deleter, rows, Budget(ANSWER, 20), [digits], args, dataset(rows.train), look)
+    trainer.train()
+    logged = [entry["accuracy"] for entry in trainer.state.log_history if "accuracy" in entry]
+    assert logged == pytest.approx(right) and 0 < max(right) < 1
+
+
+def test_top_k_reaches_the_sampler(deleter: Policy, tmp_path: Path) -> None:
+    rows, seen = task(), []
+    args = config(tmp_path, max_steps=1, top_k=1)
+    look = lambda rollouts, *_: seen.extend(rollouts)  # noqa: E731
+    BackspaceGRPOTrainer(deleter, rows, Budget(ANSWER, 20), [digits], args, dataset(rows.train), look).train()
+    for first, second in itertools.pairwise(seen):
+        if first.prompt == second.prompt:
+            assert first.actions == second.actions
 
 
 def test_the_gap_shows_a_wrong_context(deleter: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
