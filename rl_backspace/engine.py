@@ -103,7 +103,7 @@ class Engine:
         self.rows = rows
         check(self.backbone)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(
         self,
         prompts: Sequence[Sequence[int]],
@@ -185,8 +185,6 @@ class Engine:
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per acting row; action -1 where none is legal."""
         logits = self.backbone.logits(batch.anchors(acting))
-        if logits.isnan().any():
-            raise UserError("the policy's logits are not numbers: training diverged; lower trainer.learning_rate")
         rows, tokens = [], []
         for n, i in enumerate(acting):
             illegal = batch.rows[i].machine.illegal()
@@ -197,7 +195,11 @@ class Engine:
         logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
         actions = draw(logprobs, sampling, generator)
         chosen = logprobs.gather(1, actions[:, None])[:, 0]
-        actions = actions.masked_fill(~chosen.isfinite(), -1)  # a row of -inf is nan after the softmax
+        possible = chosen.isfinite()
+        if not possible.all():  # a row of -inf is nan after the softmax
+            if logits.isnan().any():
+                raise UserError("the policy's logits are not numbers: training diverged; lower trainer.learning_rate")
+            actions = actions.masked_fill(~possible, -1)
         return actions.tolist(), chosen.tolist()
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:

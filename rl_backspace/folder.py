@@ -133,11 +133,13 @@ def refuse_existing(path: Path) -> None:
 
 def _refuse_impossible(path: Path) -> None:
     """Raises the OSError that making the folder would: a file on the way to it, or a name that is too long."""
-    there = next(parent for parent in (path, *path.absolute().parents) if _is_there(parent))
-    if there != path and not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+    if _is_there(path):
+        return
+    parent = next(parent for parent in path.absolute().parents if _is_there(parent))
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{parent} is a file")
     for part in path.parts:
-        _is_there(there.parent / part)
+        _is_there(parent / part)
 
 
 def _is_there(path: Path) -> bool:

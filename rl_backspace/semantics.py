@@ -107,9 +107,20 @@ class Machine:
         action, after which nothing could be typed.
         """
         out = list(self.tried[-1]) if self.rules.retry == "ban" else []
-        if not self.visible or self.deleted == self.budget.deletes or len(self.trace) + 1 >= self.budget.most_actions:
+        if self._must_type():
             out.extend(self.rules.deletes)
         return out
+
+    def _must_type(self) -> bool:
+        return (
+            not self.visible or self.deleted == self.budget.deletes or len(self.trace) + 1 >= self.budget.most_actions
+        )
+
+    def _is_illegal(self, action: int) -> bool:
+        """The same as `action in self.illegal()`, without the list."""
+        if action in self.rules.deletes:
+            return self._must_type()
+        return self.rules.retry == "ban" and action in self.tried[-1]
 
     def step(self, action: int) -> int | None:
         """Apply one action; the token that enters the context with it, or None when nothing does.
@@ -122,7 +133,7 @@ class Machine:
         """
         if self.end is not None:
             raise IllegalAction(f"action {action} after the rollout ended ({self.end})")
-        if action in self.illegal():
+        if self._is_illegal(action):
             raise IllegalAction(f"action {action} at step {len(self.trace)} is illegal here")
         self.trace.append(action)
         enters = self._delete(action) if action in self.rules.deletes else self._type(action)

@@ -280,6 +280,9 @@ def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
     [
         (["eval", "{run}", "--rows", "0"], "--rows"),
         (["eval", "{run}", "--seed", "x"], "--seed"),
+        (["eval", "{run}", "--seed", str(2**32)], "--seed"),
+        (["eval", "{run}", "--seed", "-1"], "--seed"),
+        (["generate", "{run}", "--seed", "9" * 21], "--seed"),
         (["generate", "{run}", "--temperature", "-1"], "--temperature"),
         (["generate", "{run}", "1" * 200], "the model's limit is 128"),
         (["generate", "{run}", ""], "a prompt has no tokens"),
@@ -372,6 +375,18 @@ def own_data(text: str, **columns: str) -> Callable[[Path], dict[str, Any]]:
     return write
 
 
+def own_task(alive: str) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "mine.py").write_text(
+            "from rl_backspace.tasks import Task\n"
+            "rows = [{'prompt': str(i), 'answer': '1'} for i in range(9)]\n"
+            f"def make():\n    return Task(rows[1:], rows[:1], alive=lambda row, text: {alive})\n"
+        )
+        return {"task": Replace(fn="mine.py:make")}
+
+    return write
+
+
 def own_reward(body: str) -> Callable[[Path], dict[str, Any]]:
     def write(folder: Path) -> dict[str, Any]:
         (folder / "mine.py").write_text(f"def reward(completions):\n    {body}\n")
@@ -412,6 +427,23 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "no rewinding": (no_rewinding, ["MambaForCausalLM cannot rewind"]),
     "num_generations": (plain(trainer={"num_generations": 3}), ["trainer: .*num_generations"]),
     "one generation": (plain(trainer={"num_generations": 1}), ["trainer: .*"]),
+    "optimizer that is not installed": (plain(trainer={"optim": "lomo"}), ["trainer: ImportError: .*lomo"]),
+    "optimizer with a wrong setting": (
+        plain(trainer={"learning_rate": -1.0}),
+        ["trainer: ValueError: .*learning rate"],
+    ),
+    "schedules that lack a setting": (
+        plain(
+            trainer={"lr_scheduler_type": "warmup_stable_decay"},
+            warmup={"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        ),
+        ["trainer: TypeError: .*num_decay_steps", "warmup.trainer: ValueError: .*min_lr"],
+    ),
+    "task whose function breaks": (own_task("row['nothing']"), ["task: 'alive' of mine.py:make raised KeyError"]),
+    "column that hides another": (
+        own_data('{"prompt": "1", "answer": "1", "deletes": 3}\n{"prompt": "2", "answer": "2"}\n'),
+        ["task: a column is called 'deletes'"],
+    ),
     "no such reward": (plain(rewards={"a": {"fn": "correctness:exat"}}), ["rewards.a.fn: .*did you mean 'exact'"]),
     "reward with a wrong argument": (
         plain(rewards={"a": {"fn": "delete_cost:flat", "kwargs": {"cots": 1}}}),
@@ -470,6 +502,23 @@ def test_what_is_there_is_never_overwritten(out: str | None, dry: list[str], her
     arguments = ["--out", out] if out else []
     (error,) = assert_refused(here, "train", experiment(here, base), *arguments, *dry)
     assert f"{out or 'runs/tiny'}: already there" in error and "--out" in error
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("out", ["x" * 300, f"new/{'x' * 300}", "/".join(["x" * 200] * 30), "experiment.yaml/run/a"])
+def test_a_folder_that_cannot_be_made_is_refused_first(out: str, dry: list[str], here: Path, base: Path) -> None:
+    (error,) = assert_refused(here, "train", experiment(here, base), "--out", out, *dry)
+    assert error.startswith(f"{out}: cannot be a folder: ") and "--out" in error
+
+
+def test_a_run_that_did_not_finish_is_called_so(here: Path, base: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_text("mine")
+    (error,) = assert_refused(here, "train", experiment(here, base), "--out", "run", "--dry-run")
+    assert "did not finish; its adapter, if any, is in run/adapter" in error
+    (here / "run" / "summary.json").write_text("{}")
+    (error,) = assert_refused(here, "train", experiment(here, base), "--out", "run", "--dry-run")
+    assert "already there and not empty" in error
 
 
 def test_a_dry_run_checks_prints_and_writes_nothing(here: Path, base: Path) -> None:

@@ -98,6 +98,15 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"lora": {"target_modules": ["q", 3]}}, "lora.target_modules.1: expected a valid string; got 3 (int)"),
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps: expected a valid integer; got 1.5 (float)"),
+        (
+            {"trainer": {"max_steps": 0}},
+            "trainer.max_steps: expected a number greater than 0, or -1 to train for trainer.num_train_epochs; "
+            "got 0 (int)",
+        ),
+        (
+            {"trainer": {"num_train_epochs": 0}},
+            "trainer.num_train_epochs: expected a number greater than 0; got 0 (int)",
+        ),
         ({"trainer": {"temperature": 0}}, "trainer.temperature: expected a number greater than 0; got 0 (int)"),
         (
             {"trainer": {"scale_rewards": "nope"}},
@@ -186,7 +195,12 @@ def test_choices_that_trl_refuses_late_are_refused_early(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"use_vllm": True}, {"repetition_penalty": 1.2}, {"eval_strategy": "steps"}, {"push_to_hub": True}]
+    "fields",
+    [
+        *({"use_vllm": True}, {"repetition_penalty": 1.2}, {"eval_strategy": "steps"}, {"push_to_hub": True}),
+        *({"chat_template_kwargs": {"a": 1}}, {"model_init_kwargs": {"a": 1}}),
+        *({"eval_on_start": True}, {"sync_ref_model": True}),
+    ],
 )
 def test_what_rollouts_with_deletes_cannot_honour_is_refused(fields: dict[str, Any]) -> None:
     (line,) = problems(trainer=fields)
@@ -320,6 +334,10 @@ def test_a_dumped_config_parses_to_itself(
     assert yaml.safe_load(dump(config))["delete"]["tokens"] == tokens  # other YAML readers read it alike
 
 
+def test_steps_may_be_left_to_the_epochs() -> None:
+    assert parse(content(trainer={"max_steps": -1, "num_train_epochs": 2})).trainer["max_steps"] == -1
+
+
 def test_pretrain_files_are_checked_alike() -> None:
     good = {"tasks": [{"fn": "signs", "count": 5}]}
     (task,) = parse_pretrain(good).tasks
@@ -329,6 +347,16 @@ def test_pretrain_files_are_checked_alike() -> None:
         ({"tasks": []}, "tasks"),
         ({"tasks": [{"count": 5}]}, "tasks.0.fn"),
         ({"tasks": [{"fn": "signs", "weight": 0}]}, "tasks.0.weight"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"vocab_size": 64}, "vocab_size"),
+        ({"vocab_size": 99}, "vocab_size"),
+        ({"width": 30, "heads": 4}, "width"),
+        ({"width": 12, "heads": 4}, "width"),  # rotary embeddings turn pairs
     ):
         with pytest.raises(UserError, match=f"^{key}: "):
             parse_pretrain({**good, **wrong})
+    assert parse_pretrain({**good, "vocab_size": 100, "width": 16, "heads": 8}).width == 16
+    with pytest.raises(UserError) as caught:
+        parse_pretrain({**good, "vocab_size": 3, "width": 9, "layers": 0})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["layers", "vocab_size", "width"]

@@ -18,8 +18,8 @@ from rl_backspace.rewards.correctness import checked, exact, numeric
 from rl_backspace.rewards.delete_cost import flat
 from rl_backspace.rewards.loop_penalty import repeats
 from rl_backspace.semantics import Rules
-from rl_backspace.tasks import Task, signs
-from rl_backspace.terms import Term, load_terms
+from rl_backspace.tasks import Row, Task, signs
+from rl_backspace.terms import INPUTS, Term, load_terms
 
 EOS, BACK, CLEAR = 1, 90, 91
 RULES = Rules({BACK: "token", CLEAR: "answer"}, frozenset([EOS]))
@@ -157,12 +157,6 @@ def test_one_that_takes_everything_gets_everything(tmp_path: Path) -> None:
     assert {"prompts", "completions", "completion_ids", "level", "actions", "task", "rules"} <= set(seen)
 
 
-def test_a_column_named_task_does_not_hide_the_task(tmp_path: Path) -> None:
-    task = Task([{"prompt": "p", "answer": "a", "task": "sums"}], TASK.test)
-    path = plugin(tmp_path, "def reward(completions, task):\n    return [float(len(task.train))]\n")
-    assert call(term(f"{path}:reward", task), ["a"], task=["sums"]) == [1]
-
-
 def test_async_functions_and_callable_objects(tmp_path: Path) -> None:
     path = plugin(
         tmp_path,
@@ -255,6 +249,15 @@ def test_a_function_that_cannot_be_loaded(fn: str, kwargs: dict[str, Any], said:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_task_that_breaks_inside_a_reward_names_itself() -> None:
+    def broken(row: Row, text: str) -> bool:
+        raise UserError("task: 'correct' of mine.py:make raised KeyError: 'x'")
+
+    with pytest.raises(UserError) as caught:
+        call(term("correctness:checked", Task(TASK.train, TASK.test, broken)), ["a"], rows=TASK.train[:1], ends=["eos"])
+    assert str(caught.value) == "task: 'correct' of mine.py:make raised KeyError: 'x'"
+
+
 def test_an_input_that_nobody_gives_is_missed_before_training(tmp_path: Path) -> None:
     path = plugin(tmp_path, "def reward(completions, levle):\n    return [0.0] * len(completions)\n")
     with pytest.raises(UserError, match=r"asks for 'levle', .*did you mean 'level'"):
@@ -274,10 +277,10 @@ def test_every_bad_reward_is_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("column", ["completions", "prompts", "trainer_state"])
-def test_a_column_that_trl_passes_itself_is_refused(column: str) -> None:
+@pytest.mark.parametrize("column", [*INPUTS, "completion"])
+def test_a_column_that_would_hide_what_rewards_get_is_refused(column: str) -> None:
     task = Task([{"prompt": "p", "answer": "a", column: 1}], TASK.test)
-    with pytest.raises(UserError, match=f"a column is called '{column}'"):
+    with pytest.raises(UserError, match=f"^task: a column is called '{column}', .*; rename it in your data$"):
         term("correctness:exact", task)
 
 

@@ -315,6 +315,11 @@ def test_a_task_that_cannot_be_made_says_why(spec: dict[str, Any], lines: list[s
         ("def make():\n    raise RuntimeError('two\\nlines')\n", "raised RuntimeError: two lines"),
         ("def make():\n    return Task([{'prompt': 1, 'answer': 'a'}], [{'prompt': 'p', 'answer': 'a'}])\n", "the row"),
         ("def make():\n    return Task([{'prompt': 'p'}], [{'prompt': 'p', 'answer': 'a'}])\n", "the row"),
+        ("def make():\n    return Task([{'prompt': 'p', 'answer': 3}], [{'prompt': 'p', 'answer': 'a'}])\n", "the row"),
+        ("def make():\n    return Task([{'prompt': ['p'], 'answer': 'a'}], [])\n", "the row {'prompt': ['p']"),
+        ("def make():\n    return Task(['two\\nlines'], [])\n", "the row two lines"),
+        ("def make():\n    return Task([{'prompt': 'p', 'answer': 'a', 3: 1}], [])\n", "the column 3"),
+        ("def make():\n    return Task(7, [])\n", "gave a int for rows"),
         ("def make(:\n", "SyntaxError"),
         ("1/0\n", "ZeroDivisionError"),
     ],
@@ -324,3 +329,26 @@ def test_a_broken_plugin_is_named(body: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_task({"fn": fn}, seed=0)
     assert said in str(caught.value) and "mine.py" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_column_that_some_rows_of_a_plugin_lack_is_none_there(tmp_path: Path) -> None:
+    body = (
+        "row = {'prompt': 'p', 'answer': 'a'}\n"
+        "def make():\n    return Task([row, {**row, 'x': 1}], [{**row, 'y': 2}])\n"
+    )
+    task = load_task({"fn": plugin(tmp_path, body)}, seed=0)
+    assert [(row["x"], row["y"]) for row in task.train + task.test] == [(None, None), (1, None), (None, 2)]
+
+
+@pytest.mark.parametrize("name", ["correct", "alive"])
+def test_a_plugins_function_that_breaks_is_named(name: str, tmp_path: Path) -> None:
+    body = (
+        "rows = [{'prompt': 'p', 'answer': 'a'}]\n"
+        "def bad(row, text):\n    return row['nothing']\n"
+        f"def make():\n    return Task(rows, rows, {name}=bad)\n"
+    )
+    fn = plugin(tmp_path, body)
+    task = load_task({"fn": fn}, seed=0)
+    with pytest.raises(UserError) as caught:
+        getattr(task, name)(task.train[0], "a")
+    assert str(caught.value) == f"task: {name!r} of {fn} raised KeyError: 'nothing'"
