@@ -620,6 +620,9 @@ def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not() -> Non
     control = TrainerControl()
     outer = signal.getsignal(signal.SIGINT)
     with StopOnInterrupt() as stop:
+        with pytest.raises(KeyboardInterrupt):  # no step to wait for
+            signal.raise_signal(signal.SIGINT)
+        stop.on_train_begin(None, None, control)  # type: ignore[arg-type]
         stop.on_step_end(None, None, control)  # type: ignore[arg-type]
         assert not control.should_training_stop and not stop.asked
         signal.raise_signal(signal.SIGINT)
