@@ -91,9 +91,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, bu
         prompts.append(tuple(real[:length]))
         traces.append(layout(real[length:], rules, budget))
     longest = max(len(trace.tokens) for trace in traces)
-    # sharing saves most when every prompt has many traces; with few, rows would differ too much in length
-    shared, apart = (_fill(prompts, traces, most) for most in (max(SHARED_SLOTS, longest), longest))
-    rows, placed = min((shared, apart), key=lambda filled: len(filled[0]) * max(len(row.tokens) for row in filled[0]))
+    rows, placed = _fill(prompts, traces, max(SHARED_SLOTS, longest))
+    if len(rows) * max(len(row.tokens) for row in rows) > len(traces) * longest:
+        rows, placed = _fill(prompts, traces, longest)  # few prompts are shared, and long rows would be mostly padding
 
     found: dict[tuple[int, int, tuple[int, ...]], int] = {}  # (row, slot, illegal) -> choice
     choices = []

@@ -6,6 +6,7 @@ corrections. Every action is scored by `scoring` in the very context that a roll
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -83,8 +84,12 @@ def make_corrector(policy: Policy, task: Task, budget: Budget, config: Warmup) -
     """A corrector whose wrong tokens are those that the task's own answers are made of."""
     eos = policy.tokenizer.eos_token_id
 
+    @functools.lru_cache(maxsize=100_000)  # a group asks for the same answer again and again
+    def tokens(answer: str) -> list[int]:
+        return [*policy.tokenizer(answer, add_special_tokens=False).input_ids, eos]
+
     def gold(row: Row) -> list[int]:
-        return [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, eos]
+        return tokens(row["answer"])
 
     alphabet = sorted({token for row in task.train[:2000] for token in gold(row)} - {eos})
     return Corrector(task, policy.rules, budget, gold, policy.text, alphabet, config.clean, config.errors, config.late)
