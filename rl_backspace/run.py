@@ -162,7 +162,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     shown = sorted(zip(rows, rollouts, strict=True), key=lambda pair: not 0 < pair[1].deletes < 4)[:5]
     console.print("\nsampled traces, deleted text struck through")
     for row, rollout in shown:
-        line = strike(rollout.actions, policy.tokenizer, policy.rules)
+        line = strike(rollout.actions, policy.tokenizer, policy.rules, marks=not console.is_terminal)
         right = is_right(policy, experiment.task, row, rollout)
         console.print(f"  {last_message(row['prompt'])} ", line, "  right" if right else "  wrong", sep="")
     console.print(
