@@ -81,8 +81,9 @@ def prepare(config: Config, out: Path) -> Experiment:
     attempt(_check_wandb, config)
     task = attempt(load_task, config.task.model_dump(), config.seed)
     policy = attempt(create, config.model, config.delete, config.lora, config.seed)
+    engine: Any = None
     if policy is not None:
-        attempt(Engine, policy.model, policy.rules)
+        engine = attempt(Engine, policy.model, policy.rules)
         for name, its in (("trainer", args), ("warmup.trainer", warmup_args)):
             if its is not None:
                 attempt(_check_optimizer, its, policy.model, name)
@@ -92,7 +93,7 @@ def prepare(config: Config, out: Path) -> Experiment:
     args.reward_weights = terms[1]
     _one_thread_for_small_models(policy.model)
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
-    _check_rows(experiment)
+    _check_rows(experiment, engine)
     _check_prompts(experiment)
     _check_task(task)
     _check_terms(experiment)
@@ -159,12 +160,12 @@ def _one_thread_for_small_models(model: nn.Module) -> None:
         torch.set_num_threads(1)
 
 
-def _check_rows(experiment: Experiment) -> None:
+def _check_rows(experiment: Experiment, engine: Engine) -> None:
     """Every prompt fits the model and every answer can be typed; raises UserError naming the first that does not."""
     policy, task, budget = experiment.policy, experiment.task, experiment.budget
     rows = task.train + task.test
     prompts = policy.encode([row["prompt"] for row in rows])
-    Engine(policy.model, policy.rules).capacity([max(prompts, key=len), min(prompts, key=len)], budget)
+    engine.capacity([max(prompts, key=len), min(prompts, key=len)], budget)
     answers = policy.tokenizer([row["answer"] for row in rows], add_special_tokens=False).input_ids
     for row, ids in zip(rows, answers, strict=True):
         if len(ids) + 1 > budget.answer:
