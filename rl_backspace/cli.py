@@ -40,13 +40,12 @@ def train(
 
     Any key of the file can be set here: trainer.learning_rate=1e-4 or --reward.delete_cost.weight=0.1
     """
-    from rl_backspace.config import dump, override, parse, read_yaml
+    from rl_backspace.config import dump
 
-    content = read_yaml(config)
-    override(content, context.args)
-    parsed = parse(content)
+    parsed = _parse(config, context.args)
     folder = out or Path("runs") / parsed.name
     from rl_backspace.experiment import prepare
+    from rl_backspace.folder import policy_folder
     from rl_backspace.run import train as run
 
     experiment = prepare(parsed, folder)
@@ -60,10 +59,49 @@ def train(
         run(experiment, folder)
     except KeyboardInterrupt:
         close_bars()
-        typer.echo(f"interrupted: the adapter as it was is in {folder / 'adapter'}, its metrics beside it", err=True)
+        kept = policy_folder(folder, parsed)
+        typer.echo(f"interrupted: the {kept.name} as it was is in {kept}, its metrics beside it", err=True)
         raise typer.Exit(130) from None
     finally:
         close_bars()
+
+
+@app.command(context_settings=OVERRIDES)
+def corrections(
+    context: typer.Context,
+    config: ConfigPath,
+    count: Annotated[int, typer.Option(min=1, help="prompts; each gives warmup.group corrections")] = 4,
+    out: Annotated[Path | None, typer.Option(help="a .jsonl file for all of them; must not exist")] = None,
+) -> None:
+    """Write the corrections that the warm-up begins with, to be read: what is typed, deleted, learned.
+
+    Those from the model's own errors are the untrained policy's; `train` asks it again as it learns.
+    """
+    import json
+
+    parsed = _parse(config, context.args)
+    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
+        why = "already there" if out.exists() else f"there is no folder {out.parent}"
+        raise UserError(f"{out}: {why}; give --out a new file in a folder that exists")
+    from rl_backspace.display import console, correction_lines, correction_record
+    from rl_backspace.experiment import prepare
+    from rl_backspace.warmup import first_corrections
+
+    experiment = prepare(parsed, None)
+    tokenizer, rules = experiment.policy.tokenizer, experiment.policy.rules
+    made = first_corrections(experiment.policy, experiment.task, experiment.budget, parsed.warmup, parsed.seed, count)
+    if out is not None:
+        with open(out, "x", encoding="utf-8") as stream:
+            for row, correction in made:
+                record = correction_record(row, correction, tokenizer, rules)
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        typer.echo(f"{len(made)} corrections of {count} prompts written to {out}", err=True)
+        return
+    for row, correction in made:
+        typed, learned = correction_lines(row["prompt"], correction, tokenizer, rules)
+        console.print(typed, style="bold", soft_wrap=True)
+        console.print(f"{learned}  {correction.source or 'no error'}", style="dim", soft_wrap=True)
+    console.print("^ learned as typed; . not learned; anything else is learned instead of what was typed", style="dim")
 
 
 @app.command(name="eval")
@@ -85,9 +123,9 @@ def evaluate(
     test = task.test[: rows or config.evaluation.rows]
     results = measure(policy, task, test, budget, config.seed if seed is None else seed)
     if as_json:
-        typer.echo(json.dumps(results))
+        typer.echo(json.dumps(results if task.ceiling is None else {**results, "ceiling": task.ceiling}))
     else:
-        console.print(results_table({str(run): results}))
+        console.print(results_table({str(run): results}, task.ceiling))
 
 
 @app.command()
@@ -106,12 +144,13 @@ def generate(
 
     from rl_backspace.display import console, last_message, strike
     from rl_backspace.engine import Engine, Sampling
+    from rl_backspace.keyboard import keyboard_of
 
     _, task, policy, budget = _open(run)
     asked: list[Any] = list(prompts or [row["prompt"] for row in task.test[:3]])
     if prompts and isinstance(task.test[0]["prompt"], list):
         asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    engine = Engine(policy.model, policy.rules)
+    engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))
     torch.manual_seed(seed)
     for prompt, ids in zip(asked, policy.encode(asked), strict=True):
         before = f"{last_message(prompt)} "
@@ -146,6 +185,15 @@ def pretrain(
     run(parsed, out)
 
 
+def _parse(config: Path, arguments: list[str]) -> Any:
+    """The experiment file with the command line's overrides."""
+    from rl_backspace.config import override, parse, read_yaml
+
+    content = read_yaml(config)
+    override(content, arguments)
+    return parse(content)
+
+
 def _open(run: Path) -> tuple[Any, Any, Any, Any]:
     """Config, task, policy and budget of a finished run."""
     from rl_backspace.experiment import action_budget
@@ -155,7 +203,7 @@ def _open(run: Path) -> tuple[Any, Any, Any, Any]:
 
     folder = RunFolder.open(run)
     config = folder.config()
-    return config, load_task(config.task.model_dump(), config.seed), load(folder.adapter), action_budget(config)
+    return config, load_task(config.task.model_dump(), config.seed), load(folder.policy), action_budget(config)
 
 
 def main(arguments: list[str] | None = None) -> int:

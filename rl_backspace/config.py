@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from rl_backspace.corrections import Source
 from rl_backspace.errors import UserError, nearest
 from rl_backspace.semantics import Memory, Retry
 
@@ -32,7 +33,7 @@ class Plugin(BaseModel):
 
 
 class Delete(Strict):
-    """What deleting means. Saved with the adapter."""
+    """What deleting means. Saved with the policy."""
 
     tokens: dict[str, UnitName] = Field(
         default={"<|delete|>": "token"},
@@ -59,9 +60,18 @@ class Warmup(Strict):
 
     steps: Annotated[int, Field(ge=0)] = Field(default=1000, description="optimizer steps; 0: none")
     group: PositiveInt = Field(default=4, description="corrections made of each prompt, which share its computation")
+    sources: dict[Source, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default={"random": 1.0, "samples": 1.0, "rollouts": 1.0},
+        description="where errors come from, with weights: random, early, samples, uncertain, rollouts",
+    )
     clean: Share = Field(default=0.5, description="share of examples without an error")
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of the model's own samples")
+    entropy: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="nats above which a choice is uncertain")
+    refresh: PositiveInt = Field(
+        default=100, description="steps after which the model is asked again for errors, and delete measured"
+    )
     trainer: dict[str, Any] = Field(default={}, description="any field of transformers.TrainingArguments")
 
 
@@ -92,7 +102,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 
 
 class Config(Strict):
-    """One experiment, from a base model to an adapter."""
+    """One experiment, from a base model to a policy that deletes."""
 
     name: Annotated[str, AfterValidator(_is_name)] = Field(description="the run's folder is runs/<name>")
     model: str = Field(description="an embedded model (arith-1m), a hub id or a local path")
@@ -100,7 +110,7 @@ class Config(Strict):
     rewards: dict[str, Reward] = Field(min_length=1)
     seed: Seed = 0
     delete: Delete = Delete()
-    lora: Lora = Lora()
+    lora: Lora | None = Field(default=Lora(), description="null: train all parameters instead")
     warmup: Warmup = Warmup()
     trainer: dict[str, Any] = Field(default={}, description="any field of trl.GRPOConfig")
     evaluation: Evaluation = Evaluation()
@@ -296,7 +306,7 @@ def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
             current = typing.get_args(current)[1]
         else:
             current = current.model_fields[name].annotation
-            if typing.get_origin(current) is not dict:  # Wandb | None
+            if typing.get_origin(current) is not dict:  # Lora | None
                 current = next((a for a in typing.get_args(current) if hasattr(a, "model_fields")), current)
     return list(current.model_fields)
 
@@ -311,8 +321,8 @@ WARMUP_OURS = {"max_steps": "set warmup.steps", "remove_unused_columns": "the wa
 
 
 def _steps(steps: int) -> int:
-    if steps != -1 and steps <= 0:
-        raise ValueError("a number greater than 0, or -1 to train for trainer.num_train_epochs")
+    if steps < -1:
+        raise ValueError("a number of steps, 0 to stop after the warm-up, or -1 to train for trainer.num_train_epochs")
     return steps
 
 
@@ -339,12 +349,12 @@ UNSUPPORTED = {
     "repetition_penalty": "exact scoring does not know it",
     "use_liger_kernel": "it replaces the forward that scoring calls",
     "cast_lm_head_to_fp32": "the delete token's own row is trained there",
-    "push_to_hub": "the adapter folder is yours to upload",
+    "push_to_hub": "the run folder is yours to upload",
     "eval_strategy": "test prompts are measured before and after; set evaluation.rows",
     "eval_on_start": "test prompts are measured before and after; set evaluation.rows",
     "chat_template_kwargs": "prompts are rendered by the tokenizer's chat template as it is; edit the template",
     "model_init_kwargs": "the base model is loaded as its own config.json says; edit that",
-    "sync_ref_model": "the reference is the adapter as it was when RL began",
+    "sync_ref_model": "the reference is the policy as it was when RL began",
 }
 
 
@@ -400,7 +410,12 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
     """Settings that are each valid but cannot work together; blocks that are not valid are left out."""
     problems = []
     trainer = content.get("trainer")
-    answer = trainer.get("max_completion_length") if isinstance(trainer, dict) else None
+    trainer = trainer if isinstance(trainer, dict) else {}
+    answer, steps = trainer.get("max_completion_length"), trainer.get("max_steps")
+    rl = type(steps) is not int or steps != 0
+    warmup = _part(Warmup, content.get("warmup", {}))
+    if warmup is not None and warmup.steps == 0 and not rl:
+        problems.append("trainer.max_steps: 0, and warmup.steps is 0 too: nothing to train; give one of them steps")
     delete = _part(Delete, content.get("delete", {}))
     if delete is not None and delete.budget is not None and type(answer) is int and delete.budget < answer:
         problems.append(
@@ -410,7 +425,7 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
     if delete is not None and "line" in delete.tokens.values() and not delete.boundary:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")
     rewards = _part(dict[str, Reward], content.get("rewards"))
-    if rewards and all(reward.weight == 0 for reward in rewards.values()):
+    if rl and rewards and all(reward.weight == 0 for reward in rewards.values()):
         problems.append("rewards: every weight is 0, so there is nothing to learn from; give one a weight")
     return problems
 

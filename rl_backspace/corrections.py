@@ -1,18 +1,50 @@
-"""Correction synthesis: right answers with errors injected, deleted and mended.
+"""Correction synthesis: answers with errors in them, deleted and mended.
 
-A trace types a wrong continuation, presses delete until only what was right is left, and goes on. The loss
-is on the deletes and on what is right, never on the wrong tokens: a model trained on those learns to err
-(Physics of Language Models 2.2, Ye et al. 2024, arXiv:2408.16293, masks them for the same reason).
+An error begins as an *attempt*: an answer that goes wrong somewhere. Its last alive prefix is kept, the wrong
+continuation is typed and taken back, and the answer is completed rightly. Attempts come from a ladder of sources:
+
+    random      wrong tokens drawn from those that answers are made of
+    early       a later part of a right answer, given too early (retry data of Physics of Language Models 2.2,
+                Ye et al. 2024, arXiv:2408.16293)
+    samples     the model's own answers, sampled with its token blocked
+    uncertain   where the model's next token has much entropy, the likeliest wrong one and how it would go on
+    rollouts    whole rollouts of the current policy, deletes included, every action labelled by the expert (DAgger)
+
+The loss is on the deletes and on what is right, never on a wrong token: a model trained on those learns to err
+(the same paper masks them for that reason). In rollouts, too, the label is what should have been done instead.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from rl_backspace.semantics import Budget, Machine, Rules
-from rl_backspace.tasks import Row, Task
+from rl_backspace.expert import Expert, Teacher
+from rl_backspace.semantics import Machine
+
+Source = Literal["random", "early", "samples", "uncertain", "rollouts"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+FROM_MODEL: tuple[Source, ...] = ("samples", "uncertain", "rollouts")
+"""The sources that ask the model, and are asked again as it changes."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong continuation, and the deletes that take it back.
+
+    Attributes:
+        depth: how many right tokens stand before it.
+        tokens: the wrong ones.
+        presses: the deletes.
+        cost: actions it takes: the tokens, the deletes and what they took that has to be typed again.
+    """
+
+    depth: int
+    tokens: list[int]
+    presses: list[int]
+    cost: int
 
 
 @dataclass(frozen=True)
@@ -20,133 +52,161 @@ class Correction:
     """One training example.
 
     Attributes:
-        actions: the trace.
-        learn: per action, whether the loss counts it; False on every wrong token.
+        actions: the trace, which makes the contexts.
+        targets: per action, what is to be learned in its context: the action itself, or in `rollouts` the expert's.
+        learn: per action, whether the loss counts it; False on every wrong token of a mistake.
+        source: where its errors come from; None: it has none.
+        mistakes: the errors that were planted, in the order of their making; none are known of rollouts.
     """
 
     actions: list[int]
+    targets: list[int]
     learn: list[bool]
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong continuation, and the deletes that take it back."""
-
-    tokens: list[int]
-    presses: list[int]
-    cost: int  # actions: the tokens, the deletes and what they took that has to be typed again
+    source: Source | None = None
+    mistakes: list[Mistake] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Corrector:
-    """Turns rows of a task into corrections.
+    """Makes corrections.
 
     Args:
-        task: whose `alive` tells an error from another right way.
-        gold: row -> token ids of its reference answer, the end-of-sequence token included.
-        text: visible token ids -> text, to ask the task.
-        alphabet: token ids that wrong continuations are drawn from.
+        teacher: makes the experts of rows.
         clean: share of examples without an error.
         errors: most errors in an example.
         late: most tokens typed after a wrong one before it is noticed; more where a delete takes more at once.
     """
 
-    task: Task
-    rules: Rules
-    budget: Budget
-    gold: Callable[[Row], list[int]]
-    text: Callable[[list[int]], str]
-    alphabet: Sequence[int]
+    teacher: Teacher
     clean: float = 0.5
     errors: int = 2
     late: int = 2
 
-    def make(self, row: Row, rng: random.Random) -> Correction:
-        """One example from a row; clean where there is no error to make or no budget for it."""
-        gold = self.gold(row)
-        mistakes = {} if rng.random() < self.clean or not self.rules.deletes else self._plan(row, gold, rng)
-        machine, learn = Machine(self.rules, self.budget), []
+    def make(
+        self, expert: Expert, source: Source, rng: random.Random, attempts: Sequence[Sequence[int]] = ()
+    ) -> Correction:
+        """One example; clean where there is no error to make or no budget for it.
+
+        Args:
+            attempts: what the model did with this prompt, for the sources that ask it.
+        """
+        if rng.random() < self.clean or not self.teacher.rules.deletes:
+            return self._write(expert.gold, [], None)
+        if source == "rollouts":
+            return relabel(expert, rng.choice(attempts), rng) if attempts else self._write(expert.gold, [], None)
+        path, mistakes = self._plan(expert, source, rng, attempts)
+        return self._write(path, mistakes, source if mistakes else None)
+
+    def _write(self, path: list[int], mistakes: list[Mistake], source: Source | None) -> Correction:
+        """The trace that types `path` and makes the mistakes on the way."""
+        machine, learn = Machine(self.teacher.rules, self.teacher.budget), []
+        waiting: dict[int, list[Mistake]] = {}
+        for mistake in mistakes:
+            waiting.setdefault(mistake.depth, []).append(mistake)
+        made = []
         while machine.end is None:
             depth = len(machine.visible)
-            mistake = mistakes[depth].pop() if mistakes.get(depth) else Mistake([], [], 0)
-            right = [] if mistake.tokens else [gold[depth]]
-            for action in (*mistake.tokens, *mistake.presses, *right):
+            wrong = presses = []
+            if waiting.get(depth):
+                made.append(waiting[depth].pop())
+                wrong, presses = made[-1].tokens, made[-1].presses
+            right = [] if wrong else [path[depth]]
+            for action in (*wrong, *presses, *right):
                 machine.step(action)
-            learn += [False] * len(mistake.tokens) + [True] * len(mistake.presses + right)
-        return Correction(machine.trace, learn)
+            learn += [False] * len(wrong) + [True] * len([*presses, *right])
+        return Correction(machine.trace, machine.trace, learn, source, made)
 
-    def _plan(self, row: Row, gold: list[int], rng: random.Random) -> dict[int, list[Mistake]]:
-        """Depth -> the mistakes to make there; together they fit the budget."""
-        planned: dict[int, list[Mistake]] = {}
-        depths = list(range(len(gold)))
-        actions = self.budget.most_actions - len(gold)
-        deletes = actions if self.budget.deletes is None else self.budget.deletes
+    def _plan(
+        self, expert: Expert, source: Source, rng: random.Random, attempts: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[Mistake]]:
+        """A right answer and mistakes to make on the way, which together fit the budget."""
+        path, mistakes = expert.gold, list[Mistake]()
+        deletes = self.teacher.budget.deletes
         for _ in range(rng.randint(1, self.errors)):
-            mistake = None
-            while mistake is None and depths:
-                depth = rng.choice(depths)
-                mistake = self._mistake(row, gold, depth, planned.get(depth, []), (actions, deletes), rng)
-                if mistake is None:
-                    depths.remove(depth)
-                else:
-                    planned.setdefault(depth, []).append(mistake)
-                    actions -= mistake.cost
-                    deletes -= len(mistake.presses)
-        return planned
+            actions = self.teacher.budget.most_actions - len(path) - sum(mistake.cost for mistake in mistakes)
+            presses = actions if deletes is None else deletes - sum(len(mistake.presses) for mistake in mistakes)
+            for attempt in self._attempts(expert, source, path, rng, attempts):
+                planned = self._mistake(expert, attempt, path, mistakes, (actions, presses), rng)
+                if planned is not None:
+                    path = planned[0]
+                    mistakes.append(planned[1])
+                    break
+        return path, mistakes
+
+    def _attempts(
+        self,
+        expert: Expert,
+        source: Source,
+        path: list[int],
+        rng: random.Random,
+        attempts: Sequence[Sequence[int]],
+    ) -> Iterator[Sequence[int]]:
+        """Answers that may go wrong, in random order."""
+        if source == "random":
+            for depth in rng.sample(range(len(path)), len(path)):
+                for token in _shuffled(self.teacher.alphabet, rng):
+                    if not expert.alive([*path[:depth], token]):
+                        yield [*path[:depth], token, *rng.choices(self.teacher.alphabet, k=len(path))]
+                        break
+        elif source == "early":
+            skips = [(a, b) for a in range(len(path) - 1) for b in range(a + 1, len(path) - 1)]
+            for start, later in rng.sample(skips, len(skips)):
+                yield [*path[:start], *path[later:-1]]
+        else:
+            yield from rng.sample(attempts, len(attempts))
 
     def _mistake(
         self,
-        row: Row,
-        gold: list[int],
-        depth: int,
-        made: list[Mistake],
+        expert: Expert,
+        attempt: Sequence[int],
+        path: list[int],
+        others: list[Mistake],
         room: tuple[int, int],
         rng: random.Random,
-    ) -> Mistake | None:
-        """A wrong token and perhaps some more, that can be taken back within `room`: actions and deletes."""
-        at_once = max((unit for unit in self.rules.deletes.values() if isinstance(unit, int)), default=1)
-        fits = self.budget.answer - 1 - depth
-        usual = 1 + min(self.late, len(gold) - 1 - depth)
-        lengths = list(range(1, min(max(usual, at_once), fits) + 1))
-        rng.shuffle(lengths)
-        lengths.sort(key=lambda length: length > usual)
-        wrong = self._wrong(row, gold[:depth], {mistake.tokens[0] for mistake in made}, rng) if lengths else None
-        if wrong is None:
+    ) -> tuple[list[int], Mistake] | None:
+        """The attempt's error and the right answer that it is made on the way of: `path`, unless it is the first.
+
+        Args:
+            room: actions and deletes that are left.
+        """
+        depth = expert.first_error(attempt)
+        if depth is None or any(other.depth == depth and other.tokens[0] == attempt[depth] for other in others):
             return None
-        tail = [rng.choice(self.alphabet) for _ in lengths]
-        for length in lengths:
-            tokens = [wrong, *tail[: length - 1]]
-            presses, left = self._take_back(gold[:depth], tokens)
-            mistake = Mistake(tokens, presses, length + len(presses) + depth - left)
-            again = left < depth and self.rules.retry == "ban"  # what was right would be banned
+        right, budget = list(attempt[:depth]), self.teacher.budget
+        if right != path[:depth]:
+            rest = None if others else expert.complete(right, rng)
+            if rest is None:
+                return None
+            room = (room[0] + len(path) - depth - len(rest), room[1])
+            path = [*right, *rest]
+        ends = (i for i in range(depth, len(attempt)) if attempt[i] in self.teacher.rules.eos)
+        wrong = list(attempt[depth : next(ends, len(attempt))])
+        at_once = max((unit for unit in self.teacher.rules.deletes.values() if isinstance(unit, int)), default=1)
+        usual = 1 + min(self.late, max(0, len(path) - 1 - depth))
+        longest = min(max(usual, at_once), budget.answer - 1 - depth, len(wrong))
+        for length in sorted(rng.sample(range(1, longest + 1), max(0, longest)), key=lambda length: length > usual):
+            presses, left = expert.take_back(right, wrong[:length])
+            mistake = Mistake(depth, wrong[:length], presses, length + len(presses) + depth - left)
+            again = left < depth and self.teacher.rules.retry == "ban"  # what was right would be banned
             if not again and mistake.cost <= room[0] and len(presses) <= room[1]:
-                return mistake
+                return path, mistake
         return None
 
-    def _wrong(self, row: Row, right: list[int], taken: set[int], rng: random.Random) -> int | None:
-        """A token after which the answer can no longer come right, or None if there is none to type."""
-        for token in self._candidates(rng):
-            if token not in taken and not self.task.alive(row, self.text([*right, token])):
-                return token
-        return None
 
-    def _candidates(self, rng: random.Random) -> Iterator[int]:
-        """Every token of the alphabet in random order; of a large one, a few draws first: one will do, mostly."""
-        for _ in range(8 if len(self.alphabet) > 64 else 0):
-            yield rng.choice(self.alphabet)
-        yield from rng.sample(self.alphabet, len(self.alphabet))
+def relabel(expert: Expert, trace: Sequence[int], rng: random.Random) -> Correction:
+    """A rollout of the policy with what the expert would have done in each of its states."""
+    machine = Machine(expert.teacher.rules, expert.teacher.budget)
+    targets, learn = [], []
+    for action in trace:
+        target = expert.act(machine, action, rng)
+        targets.append(action if target is None else target)
+        learn.append(target is not None)
+        machine.step(action)
+    return Correction(list(trace), targets, learn, "rollouts")
 
-    def _take_back(self, right: list[int], wrong: list[int]) -> tuple[list[int], int]:
-        """The deletes that take back all that is wrong, and how many tokens they leave."""
-        machine = Machine(self.rules, self.budget, visible=[*right, *wrong])
-        presses = []
-        while len(machine.visible) > len(right):
-            presses.append(self._press(machine, len(right)))
-            del machine.visible[machine.target(self.rules.deletes[presses[-1]]) :]
-        return presses, len(machine.visible)
 
-    def _press(self, machine: Machine, depth: int) -> int:
-        """The delete that takes most without going behind `depth`; failing that, the one that takes least."""
-        targets = {token: machine.target(unit) for token, unit in self.rules.deletes.items()}
-        within = {token: target for token, target in targets.items() if target >= depth}
-        return min(within, key=within.__getitem__) if within else max(targets, key=targets.__getitem__)
+def _shuffled(alphabet: Sequence[int], rng: random.Random) -> Iterator[int]:
+    """Every token of the alphabet in random order; of a large one, a few draws first: one will do, mostly."""
+    for _ in range(8 if len(alphabet) > 64 else 0):
+        yield rng.choice(alphabet)
+    yield from rng.sample(alphabet, len(alphabet))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rl_backspace.semantics import Machine, Rules, unlimited
+from rl_backspace.corrections import Correction
+from rl_backspace.semantics import Machine, Rules, replay, unlimited
 
 console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
 
@@ -65,9 +66,14 @@ def last_message(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def results_table(stages: dict[str, Any]) -> Table:
-    """Accuracy with its 95 % interval and deletes per answer, a row per stage and token."""
-    table = Table(title="accuracy on held-out prompts, % (95 % interval)")
+def results_table(stages: dict[str, Any], ceiling: float | None = None) -> Table:
+    """Accuracy with its 95 % interval and deletes per answer, a row per stage and token.
+
+    Args:
+        ceiling: highest accuracy that there is without deleting, where the task knows it.
+    """
+    caption = None if ceiling is None else f"ceiling without deletes {100 * ceiling:.1f} %"
+    table = Table(title="accuracy on held-out prompts, % (95 % interval)", caption=caption)
     for column in ("", "token", "sampled", "greedy", "deletes: sampled, greedy"):
         table.add_column(column)
     for stage, results in stages.items():
@@ -77,6 +83,77 @@ def results_table(stages: dict[str, Any]) -> Table:
             table.add_row(stage, token, *cells, deletes)
         table.add_section()
     return table
+
+
+def detector_table(found: dict[str, Any]) -> Table:
+    """The delete token as a detector of errors (`detector.summarise`), a row per source of errors."""
+    table = Table(title="delete as a detector of errors after the warm-up, held-out prompts, %")
+    ages = list(dict.fromkeys(age for measures in found.values() for age in measures["by_age"]))
+    for column in ("errors", "P(delete | right)", "P(delete | wrong)"):
+        table.add_column(column)
+    for column in (*(f"{age} ago" for age in sorted(ages)), "precision", "recall", "AUC"):
+        table.add_column(column, justify="right")
+    for source, measures in found.items():
+        shares = [measures["p_delete_right"], measures["p_delete_wrong"]]
+        shares += [measures["by_age"].get(age) for age in sorted(ages)]
+        shares += [measures[key] for key in ("precision", "recall", "auc")]
+        table.add_row(source, *("–" if share is None else f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def correction_lines(
+    prompt: Any, correction: Correction, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> tuple[str, str]:
+    """A correction as typed, ⌫ for each delete, and below it what is learned: ^ as typed, . not at all, or what the
+    expert would have typed instead."""
+    typed, learned = [], []
+    for action, target, learn in zip(correction.actions, correction.targets, correction.learn, strict=True):
+        cell, mark = token_text(action, tokenizer, rules), "."
+        if learn:
+            mark = "^" if target == action else token_text(target, tokenizer, rules)
+        width = max(len(cell), len(mark))
+        typed.append(cell.ljust(width))
+        learned.append(mark.ljust(width, "^" if mark == "^" else "." if mark == "." else " "))
+    before = f"{last_message(prompt)} "
+    return before + "".join(typed), " " * len(before) + "".join(learned)
+
+
+def correction_record(
+    row: Mapping[str, Any], correction: Correction, tokenizer: PreTrainedTokenizerBase, rules: Rules
+) -> dict[str, Any]:
+    """A correction as a line of JSON: for people first, and the token ids that training uses."""
+    visible = replay(correction.actions, rules).answer
+    mistakes = [
+        {
+            "after": tokenizer.decode(visible[: mistake.depth]),
+            "wrong": tokenizer.decode(mistake.tokens),
+            "deletes": len(mistake.presses),
+            "right": tokenizer.decode(visible[mistake.depth :]),
+        }
+        for mistake in correction.mistakes
+    ]
+    actions, targets = (
+        [token_text(t, tokenizer, rules) for t in ids] for ids in (correction.actions, correction.targets)
+    )
+    return {
+        "prompt": row["prompt"],
+        "answer": row["answer"],
+        "source": correction.source,
+        "typed": "".join(actions),
+        "visible": tokenizer.decode(visible),
+        "mistakes": mistakes,
+        "learned": [target if learn else None for target, learn in zip(targets, correction.learn, strict=True)],
+        "actions": correction.actions,
+        "targets": correction.targets,
+        "learn": correction.learn,
+    }
+
+
+def token_text(token: int, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> str:
+    """One action as a person reads it, on one line."""
+    if token in rules.deletes:
+        return "⌫" if len(rules.deletes) == 1 else f"⌫{rules.deletes[token]} "
+    return "⏎" if token in rules.eos else tokenizer.decode([token]).replace("\n", "↵")
 
 
 def _accuracy(result: dict[str, Any]) -> str:

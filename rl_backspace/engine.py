@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rl_backspace.backbone import Backbone, PointerCache, check
 from rl_backspace.errors import UserError
+from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, End, Machine, Rules
 
 
@@ -43,7 +44,7 @@ class Rollout:
     Attributes:
         prompt, actions, visible: token ids.
         logprobs: log-probability of each action among the legal ones, at the sampling temperature
-            (1 when greedy) and before truncation: what `scoring` recomputes.
+            (1 when greedy) and before truncation: what `scoring` recomputes. On a keyboard, of what was typed.
         end: why it ended.
         deletes: how many actions were deletes.
         forward_passes: positions the network was evaluated at to choose the actions, the prompt's last one
@@ -92,15 +93,17 @@ class Engine:
         model: a causal LM of transformers, plain or wrapped by PEFT.
         rules: the delete semantics.
         rows: how many rollouts run side by side; memory grows with it.
+        keyboard: what the policy types on; it may swap what was chosen, also by greedy decoding.
 
     Raises:
         UserError: the model's cache cannot rewind, with the reason.
     """
 
-    def __init__(self, model: nn.Module, rules: Rules, rows: int = 128):
+    def __init__(self, model: nn.Module, rules: Rules, rows: int = 128, keyboard: Keyboard | None = None):
         self.backbone = Backbone(model)
         self.rules = rules
         self.rows = rows
+        self.keyboard = keyboard
         check(self.backbone)
 
     @torch.inference_mode()
@@ -194,6 +197,9 @@ class Engine:
             logits[rows, tokens] = -torch.inf
         logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
         actions = draw(logprobs, sampling, generator)
+        if self.keyboard is not None:
+            actions = self.keyboard.swap(actions, logprobs, generator)
+            logprobs = self.keyboard.through(logprobs)
         chosen = logprobs.gather(1, actions[:, None])[:, 0]
         possible = chosen.isfinite()
         if not possible.all():  # a row of -inf is nan after the softmax

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rl_backspace.engine import GREEDY, Engine, Rollout, Sampling
+from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
@@ -26,9 +27,10 @@ def evaluate(
     """Results by token (allowed, blocked) and decoding (sampled at temperature 1, greedy).
 
     Blocked means that the delete tokens are illegal and the rest is renormalised: the same weights, unable
-    to delete. Sampling uses the same seed for both.
+    to delete. Sampling uses the same seed for both, and so does the task's keyboard, which swaps what greedy decoding
+    chooses too.
     """
-    engine = Engine(policy.model, policy.rules)
+    engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))
     prompts = policy.encode([row["prompt"] for row in rows])
     budgets = {"allowed": budget, "blocked": replace(budget, deletes=0)}
     results: dict[str, dict[str, dict[str, Any]]] = {}

@@ -19,6 +19,7 @@ from rl_backspace.config import Config
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.folder import refuse_existing
+from rl_backspace.keyboard import keyboard_of
 from rl_backspace.plugins import load_task
 from rl_backspace.policy import Policy, create
 from rl_backspace.semantics import Budget
@@ -60,8 +61,11 @@ class Experiment:
     args: GRPOConfig
 
 
-def prepare(config: Config, out: Path) -> Experiment:
+def prepare(config: Config, out: Path | None) -> Experiment:
     """Load and check all that can be checked without training; writes nothing.
+
+    Args:
+        out: the run folder; None for an experiment that is not going to be run.
 
     Raises:
         UserError: whatever the user has to mend, every independent problem on a line of its own.
@@ -74,11 +78,14 @@ def prepare(config: Config, out: Path) -> Experiment:
         except UserError as error:
             problems.append(str(error))
 
-    attempt(refuse_existing, out)
+    if out is not None:
+        attempt(refuse_existing, out)
     transformers.set_seed(config.seed)
     args = attempt(grpo_config, config, out)
     warmup_args = attempt(warmup_config, config, out)
     attempt(_check_wandb, config)
+    if args is not None:
+        attempt(_check_reference, config, args)
     task = attempt(load_task, config.task.model_dump(), config.seed)
     policy = attempt(create, config.model, config.delete, config.lora, config.seed)
     engine: Any = None
@@ -94,9 +101,11 @@ def prepare(config: Config, out: Path) -> Experiment:
     _one_thread_for_small_models(policy.model)
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
     _check_rows(experiment, engine)
-    _check_prompts(experiment)
     _check_task(task)
-    _check_terms(experiment)
+    keyboard_of(task, policy)  # refuses a task that no keyboard can be made for
+    if args.max_steps:  # 0: no RL, and for nothing else do these matter
+        _check_prompts(experiment)
+        _check_terms(experiment)
     return experiment
 
 
@@ -106,7 +115,7 @@ def action_budget(config: Config) -> Budget:
     return Budget(answer, config.delete.budget or ACTIONS_PER_TOKEN * answer)
 
 
-def grpo_config(config: Config, out: Path) -> GRPOConfig:
+def grpo_config(config: Config, out: Path | None) -> GRPOConfig:
     """TRL's config; its own refusals become one line.
 
     Raises:
@@ -114,17 +123,21 @@ def grpo_config(config: Config, out: Path) -> GRPOConfig:
     """
     fields = {**GRPO_DEFAULTS, **config.trainer}
     try:
-        return GRPOConfig(output_dir=str(out / "checkpoints"), seed=config.seed, **fields)
+        return GRPOConfig(output_dir=_checkpoints(out), seed=config.seed, **fields)
     except REFUSALS as error:
         raise UserError(f"trainer: {one_line(error)}") from error
 
 
-def warmup_config(config: Config, out: Path) -> TrainingArguments:
+def _checkpoints(out: Path | None) -> str | None:
+    return str(out / "checkpoints") if out is not None else None
+
+
+def warmup_config(config: Config, out: Path | None) -> TrainingArguments:
     """transformers' config of the warm-up; its own refusals become one line."""
     fields = {**WARMUP_DEFAULTS, **config.warmup.trainer}
     steps = max(1, config.warmup.steps)
     try:
-        return TrainingArguments(output_dir=str(out / "checkpoints"), max_steps=steps, seed=config.seed, **fields)
+        return TrainingArguments(output_dir=_checkpoints(out), max_steps=steps, seed=config.seed, **fields)
     except REFUSALS as error:
         raise UserError(f"warmup.trainer: {one_line(error)}") from error
 
@@ -142,6 +155,15 @@ def _check_optimizer(args: TrainingArguments, model: nn.Module, name: str) -> No
         )
     except REFUSALS as error:
         raise UserError(f"{name}: {one_line(error)}") from error
+
+
+def _check_reference(config: Config, args: GRPOConfig) -> None:
+    """A KL term pulls towards the policy as it was when RL began; raises UserError where TRL has another model."""
+    if config.lora is None and args.beta and args.max_steps:
+        raise UserError(
+            f"trainer.beta: got {args.beta} with lora: null, where TRL's reference would be the base model on disk, "
+            "without warm-up and delete token; set it to 0, or give a lora block"
+        )
 
 
 def _check_wandb(config: Config) -> None:

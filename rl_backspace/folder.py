@@ -3,6 +3,7 @@
 config.yaml       the resolved config            metrics.jsonl   one line per logged step
 versions.json     packages, machine, seed        traces.jsonl    a sample of rollouts of each step
 adapter/          adapter, tokenizer, semantics  summary.json    before and after, and the run's counts
+model/            in its place with `lora: null`: the whole model, tokenizer, semantics
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ from rl_backspace.errors import UserError
 
 PACKAGES = ("rl-backspace", "torch", "transformers", "trl", "peft", "wandb", "numpy")
 
+POLICIES = {"model": "config.json", "adapter": "adapter_config.json"}  # folders of policies, and a file of each
+
 
 class RunFolder:
-    def __init__(self, path: Path):
-        self.path = path
-        self.adapter = path / "adapter"
+    """A run's files.
+
+    Attributes:
+        path: the folder.
+        policy: where in it the policy is saved.
+    """
+
+    def __init__(self, path: Path, policy: Path):
+        self.path, self.policy = path, policy
         self.mirror: Any = None  # a wandb run that gets every metric too
 
     @classmethod
@@ -44,7 +53,7 @@ class RunFolder:
             raise UserError(
                 f"{path}: cannot write the run folder: {error.strerror}; choose another with --out"
             ) from error
-        folder = cls(path)
+        folder = cls(path, policy_folder(path, config))
         versions = {name: version(name) for name in PACKAGES}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
         folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
@@ -55,12 +64,14 @@ class RunFolder:
         """A finished run.
 
         Raises:
-            UserError: there is no run here, or it has no adapter yet.
+            UserError: there is no run here, or it has no policy yet.
         """
-        for needed in ("config.yaml", "adapter/adapter_config.json"):
-            if not (path / needed).exists():
-                raise UserError(f"{path}: no finished run here ({needed} is missing); give a folder that `train` wrote")
-        return cls(path)
+        policies = [path / name for name, file in POLICIES.items() if (path / name / file).exists()]
+        if policies and (path / "config.yaml").exists():
+            return cls(path, policies[0])
+        needed = " or ".join(f"{name}/{file}" for name, file in POLICIES.items())
+        missing = needed if (path / "config.yaml").exists() else "config.yaml"
+        raise UserError(f"{path}: no finished run here ({missing} is missing); give a folder that `train` wrote")
 
     def config(self) -> Config:
         return parse(read_yaml(self.path / "config.yaml"))
@@ -111,6 +122,11 @@ class RunFolder:
         temporary.replace(self.path / file)
 
 
+def policy_folder(run: Path, config: Config) -> Path:
+    """Where a run saves its policy: an adapter, or the whole model where all of it is trained."""
+    return run / ("model" if config.lora is None else "adapter")
+
+
 def refuse_existing(path: Path) -> None:
     """Nothing is ever overwritten.
 
@@ -123,9 +139,10 @@ def refuse_existing(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be a folder: {error.strerror}; choose another with --out") from error
     if taken and (path / "config.yaml").exists() and not (path / "summary.json").exists():
+        kept = path / ("model" if (path / "model").exists() else "adapter")
         raise UserError(
-            f"{path}: already there, and the run in it did not finish; its adapter, if any, is in "
-            f"{path / 'adapter'}; choose another folder with --out, or remove this one"
+            f"{path}: already there, and the run in it did not finish; its {kept.name}, if any, is in "
+            f"{kept}; choose another folder with --out, or remove this one"
         )
     if taken:
         raise UserError(f"{path}: already there and not empty; choose another folder with --out, or another name")

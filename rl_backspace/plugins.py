@@ -161,7 +161,9 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
         raise UserError(f"task: {fn} gave {counts}; expected at least one of each")
     columns = dict.fromkeys(column for row in train + test for column in row)
     train, test = ([{column: row.get(column) for column in columns} for row in rows] for rows in (train, test))
-    functions = {} if fn in BUNDLED else {name: Guarded(getattr(task, name), name, fn) for name in ("correct", "alive")}
+    functions: dict[str, Any] = {}
+    if fn not in BUNDLED:
+        functions = {name: Guarded(getattr(task, name), name, fn) for name in ("correct", "alive")}
     return dataclasses.replace(task, train=train, test=test, **functions)
 
 

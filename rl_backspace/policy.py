@@ -1,7 +1,7 @@
-"""A policy: a stock model with a delete token and a LoRA adapter, and the folder it is saved in.
+"""A policy: a stock model with a delete token, trained by a LoRA adapter or as a whole, and the folder it is saved in.
 
-The adapter folder holds PEFT's adapter, the tokenizer with the delete token in it, and `delete.json`: the
-semantics the adapter was trained with, without which its tokens mean nothing.
+The folder holds PEFT's adapter or a stock checkpoint, the tokenizer with the delete token in it, and
+`delete.json`: the semantics the policy was trained with, without which its tokens mean nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rl_backspace.backbone import Backbone
 from rl_backspace.config import Delete, Lora
@@ -31,7 +38,7 @@ class Policy:
     """A model that can delete.
 
     Attributes:
-        model: a PeftModel (or a plain model, for a base without an adapter).
+        model: a PeftModel, or a plain model for one that is trained as a whole.
         tokenizer: with the delete tokens in its vocabulary.
         rules: what they do.
     """
@@ -68,11 +75,16 @@ class Policy:
         """The text that a user reads."""
         return self.tokenizer.decode(visible, skip_special_tokens=True)
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is no adapter: all of the model is the policy's own."""
+        return isinstance(self.model, PreTrainedModel)
+
     def save(self, folder: Path) -> None:
         """Write the folder anew beside the old one, then swap: a full disk or an interrupt leaves the old one whole.
 
         Raises:
-            UserError: the weights are not numbers, and an older adapter is not to be lost for them.
+            UserError: the weights are not numbers, and an older policy is not to be lost for them.
         """
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not all(parameter.isfinite().all() for parameter in trained):
@@ -80,7 +92,10 @@ class Policy:
         new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.model.save_pretrained(new, save_embedding_layers=False, selected_adapters=["default"])
+        if self.whole:
+            _save_whole(self.model, new)
+        else:
+            self.model.save_pretrained(new, save_embedding_layers=False, selected_adapters=["default"])
         self.tokenizer.save_pretrained(new)
         (new / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
         if folder.exists():
@@ -98,7 +113,8 @@ class Policy:
             "eos": sorted(rules.eos),
         }
         base = Path(self.model.name_or_path)
-        return {**saved, "model": base.name} if base.parent == EMBEDDED else saved  # its path differs elsewhere
+        embedded = base.parent == EMBEDDED and not self.whole
+        return {**saved, "model": base.name} if embedded else saved  # its path differs elsewhere
 
 
 def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -119,8 +135,7 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = AutoModelForCausalLM.from_pretrained(source)
     except Exception as error:  # a folder may hold anything, and each loader has errors of its own
         raise UserError(f"model: {model!r} cannot be loaded ({first_line(error).rstrip('.')}); {advice}") from error
-    if torch.cuda.is_available():
-        base.to("cuda")
+    _place(base)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
     if tokenizer.pad_token_id is None:
@@ -128,15 +143,13 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return base, tokenizer
 
 
-def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
-    """A fresh policy: the base model, its delete tokens and an untrained adapter.
+def create(model: str, delete: Delete, lora: Lora | None, seed: int) -> Policy:
+    """A fresh policy: the base model with its delete tokens, and an untrained adapter or all of it trainable.
 
     Raises:
-        UserError: no such model, one that cannot rewind, no spare row for a delete token, or a LoRA that
-            scoring cannot see.
+        UserError: no such model, one that cannot rewind, no spare row for a delete token, a LoRA that scoring
+            cannot see, or without LoRA weights that cannot be trained.
     """
-    import peft
-
     base, tokenizer = load_base(model)
     Backbone(base)  # refuses what cannot rewind, before LoRA finds something else amiss
     torch.manual_seed(seed)
@@ -148,9 +161,26 @@ def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
         retry=delete.retry,
         boundaries=_boundaries(tokenizer, delete.boundary) if "line" in delete.tokens.values() else frozenset(),
     )
+    trained = _unfreeze(base) if lora is None else _adapt(base, lora, sorted(rules.deletes))
+    return Policy(trained, tokenizer, rules)
+
+
+def _unfreeze(base: PreTrainedModel) -> PreTrainedModel:
+    """All parameters trainable and in float32, as PEFT's are: bfloat16 would round steps as small as RL's away."""
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"lora: null trains all parameters, but those of this {type(base).__name__} are quantised; "
+            "give a lora block, or a model that is not"
+        )
+    return base.float().requires_grad_(True)
+
+
+def _adapt(base: PreTrainedModel, lora: Lora, rows: list[int]) -> Any:
+    """The base in an untrained LoRA adapter, which also trains these rows of the embedding."""
+    import peft
+
     if lora.target_modules != "all-linear" and any(name.endswith("lm_head") for name in _as_list(lora.target_modules)):
         raise UserError("lora.target_modules: lm_head cannot carry LoRA; the delete token's own row is trained already")
-    rows = sorted(rules.deletes)
     adapter = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -160,36 +190,60 @@ def create(model: str, delete: Delete, lora: Lora, seed: int) -> Policy:
         trainable_token_indices=_token_layers(base, rows),
     )
     try:
-        wrapped = peft.get_peft_model(base, adapter)
+        return peft.get_peft_model(base, adapter)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"lora.target_modules: {lora.target_modules!r} does not fit {type(base).__name__}: {first_line(error)}"
         ) from error
-    return Policy(wrapped, tokenizer, rules)
 
 
 def load(folder: Path, trainable: bool = False) -> Policy:
-    """A saved policy: its base model with the adapter on it.
+    """A saved policy: the whole model, or its base model with the adapter on it.
 
     Raises:
-        UserError: the folder is not an adapter of this project, or its base cannot be loaded.
+        UserError: the folder is not a policy of this project, or an adapter's base cannot be loaded.
     """
     import peft
 
     try:
         saved = json.loads((folder / SEMANTICS_FILE).read_text())
-        base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base, _ = load_base(saved.get("model", base_name))
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         rules = _from_json(saved, tokenizer)
-        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        if (folder / "config.json").exists():
+            model = _place(AutoModelForCausalLM.from_pretrained(folder)).requires_grad_(trainable)
+        else:
+            base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+            base, _ = load_base(saved.get("model", base_name))
+            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except UserError:
         raise
     except Exception as error:  # files that are missing, cut short or another project's
         raise UserError(
-            f"{folder}: no whole adapter of rl-backspace here ({one_line(error)}); expected RUN/adapter"
+            f"{folder}: no whole adapter or model of rl-backspace here ({one_line(error)}); "
+            "expected RUN/adapter or RUN/model"
         ) from error
     return Policy(model, tokenizer, rules)
+
+
+def _place(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """A stock checkpoint.
+
+    Trainers turn the cache off in the config, and add the tokenizer's special tokens to the generation config,
+    which transformers then refuses to save where it breaks a rule that published ones do break (a temperature
+    without do_sample); so that file is written apart.
+    """
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -252,6 +306,6 @@ def _from_json(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     deletes: dict[int, Unit] = {}
     for text, unit in saved["tokens"].items():
         if text not in vocabulary:
-            raise UserError(f"the tokenizer beside the adapter has no token {text!r}; it belongs to another adapter")
+            raise UserError(f"the tokenizer in this folder has no token {text!r}; it belongs to another policy")
         deletes[vocabulary[text]] = unit
     return Rules(deletes, frozenset(saved["eos"]), saved["memory"], saved["retry"], frozenset(saved["boundaries"]))

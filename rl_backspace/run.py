@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from rl_backspace.callbacks import Progress, StopOnInterrupt
-from rl_backspace.display import console, last_message, results_table, strike
+from rl_backspace.display import console, detector_table, last_message, results_table, strike
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.evaluate import evaluate, is_right
 from rl_backspace.experiment import REFUSALS, Experiment
 from rl_backspace.folder import RunFolder
+from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.tasks import Row
 from rl_backspace.trainer import BackspaceGRPOTrainer
@@ -31,42 +34,37 @@ TRACES_PER_STEP = 8
 def train(experiment: Experiment, out: Path) -> Path:
     """Run the experiment; the run folder.
 
-    Whatever ends it early, the adapter is kept. Ctrl-C lets the current step end and raises KeyboardInterrupt.
+    Whatever ends it early, what was learned is kept. Ctrl-C lets the current step end and raises KeyboardInterrupt.
     """
     started = time.time()
     config, policy = experiment.config, experiment.policy
     folder = RunFolder.create(out, config)
     rows = experiment.task.test[: config.evaluation.rows]
     stages: dict[str, Any] = {}
+    trainer: BackspaceGRPOTrainer | None = None
+    detector: dict[str, Any] = {}
 
     def measure(stage: str, **options: Any) -> None:
         stages[stage] = evaluate(policy, experiment.task, rows, experiment.budget, config.seed, **options)
         folder.metrics("evaluation", len(stages), {"stage": stage, **stages[stage]})
 
     with folder.mirrored(config), StopOnInterrupt() as stop:
-        try:
+        with _keeping(policy, folder):
             measure("base", tokens=("blocked",))
             if config.warmup.steps:
                 callbacks: list[TrainerCallback] = [Progress("warm-up", folder), stop]
-                warm_up(policy, experiment.task, experiment.budget, config.warmup, experiment.warmup_args, callbacks)
-                policy.save(folder.adapter)
+                detector = _warm_up(experiment, folder, callbacks)
+                policy.save(folder.policy)
                 _raise_if(stop.asked)
             measure("before")
-            trainer = _grpo(experiment, folder, stop)
-            trainer.train()
-            policy.save(folder.adapter)
-            _raise_if(stop.asked)
-            measure("after")
-        except KeyboardInterrupt:
-            _keep(policy, folder)
-            raise
-        except Exception as error:  # a reward that raises, weights that diverge, a full disk
-            kept = _keep(policy, folder)
-            if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
-                said = str(error) if isinstance(error, UserError) else one_line(error)
-                raise UserError(f"{said}; {kept}") from error
-            raise
-        summary = summarise(stages, trainer, time.time() - started)
+            if experiment.args.max_steps:  # 0 means no RL here, and other things to transformers
+                trainer = _grpo(experiment, folder, stop)
+                trainer.train()
+                policy.save(folder.policy)
+                _raise_if(stop.asked)
+                measure("after")
+        summary = summarise(stages, trainer, experiment.task.ceiling, time.time() - started)
+        summary["detector"] = detector
         folder.summarise(summary)
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
         (out / "checkpoints").rmdir()
@@ -74,18 +72,47 @@ def train(experiment: Experiment, out: Path) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def _keeping(policy: Policy, folder: RunFolder) -> Iterator[None]:
+    """Whatever ends the run inside early, save what was learned; what the user can mend becomes one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _keep(policy, folder)
+        raise
+    except Exception as error:  # a reward that raises, weights that diverge, a full disk
+        kept = _keep(policy, folder)
+        if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
+            said = str(error) if isinstance(error, UserError) else one_line(error)
+            raise UserError(f"{said}; {kept}") from error
+        raise
+
+
 def _keep(policy: Policy, folder: RunFolder) -> str:
     """Save what was learned so far; where it is, or why it is not there."""
     try:
-        policy.save(folder.adapter)
+        policy.save(folder.policy)
     except (UserError, OSError, SafetensorError) as error:
-        return f"the adapter could not be saved ({one_line(error)})"
-    return f"the adapter as it was is in {folder.adapter}"
+        return f"the {folder.policy.name} could not be saved ({one_line(error)})"
+    return f"the {folder.policy.name} as it was is in {folder.policy}"
 
 
 def _raise_if(interrupted: bool) -> None:
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _warm_up(experiment: Experiment, folder: RunFolder, callbacks: list[TrainerCallback]) -> dict[str, Any]:
+    """Corrections; the delete token's measures as a detector of errors, which metrics.jsonl gets at each refresh."""
+    return warm_up(
+        experiment.policy,
+        experiment.task,
+        experiment.budget,
+        experiment.config.warmup,
+        experiment.warmup_args,
+        callbacks,
+        on_diagnosis=partial(folder.metrics, "detector"),
+    )
 
 
 def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> BackspaceGRPOTrainer:
@@ -125,8 +152,14 @@ def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> B
     return trainer
 
 
-def summarise(stages: dict[str, Any], trainer: BackspaceGRPOTrainer, seconds: float) -> dict[str, Any]:
-    """`summary.json`: each measure nested by stage, token and decoding, then the run's counts."""
+def summarise(
+    stages: dict[str, Any], trainer: BackspaceGRPOTrainer | None, ceiling: float | None, seconds: float
+) -> dict[str, Any]:
+    """`summary.json`: each measure nested by stage, token and decoding, then RL's counts.
+
+    Without RL the counts are 0, and the gap between log-probs, which nothing measured, is null. And the task's
+    ceiling without deletes, where it has one.
+    """
 
     def nested(key: str) -> dict[str, Any]:
         return {
@@ -140,12 +173,13 @@ def summarise(stages: dict[str, Any], trainer: BackspaceGRPOTrainer, seconds: fl
         "deletes_per_answer": nested("deletes_per_answer"),
         "actions_per_answer": nested("actions_per_answer"),
         "finished": nested("finished"),
-        "logp_gap_max": trainer.logp_gap_max,
-        "forward_passes": trainer.forward_passes,
-        "actions": trainer.actions,
-        "deletes": trainer.deletes,
-        "steps": trainer.state.global_step,
+        "logp_gap_max": trainer.logp_gap_max if trainer else None,
+        "forward_passes": trainer.forward_passes if trainer else 0,
+        "actions": trainer.actions if trainer else 0,
+        "deletes": trainer.deletes if trainer else 0,
+        "steps": trainer.state.global_step if trainer else 0,
         "seconds": round(seconds, 1),
+        **({} if ceiling is None else {"ceiling": ceiling}),
     }
 
 
@@ -153,20 +187,27 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     """The table, a few traces with deletes, and where everything is."""
     policy = experiment.policy
     console.print()
-    console.print(results_table(stages))
-    console.print("base: before any training; before: after the correction warm-up; after: after GRPO", style="dim")
+    console.print(results_table(stages, experiment.task.ceiling))
+    legend = {"base": "before any training", "before": "after the correction warm-up", "after": "after GRPO"}
+    console.print("; ".join(f"{stage}: {when}" for stage, when in legend.items() if stage in stages), style="dim")
+    if summary["detector"]:
+        console.print(detector_table(summary["detector"]))
     rows = experiment.task.test[:64]
     torch.manual_seed(experiment.config.seed)
     prompts = policy.encode([row["prompt"] for row in rows])
-    rollouts = Engine(policy.model, policy.rules).run(prompts, experiment.budget)
+    engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(experiment.task, policy))
+    rollouts = engine.run(prompts, experiment.budget)
     shown = sorted(zip(rows, rollouts, strict=True), key=lambda pair: not 0 < pair[1].deletes < 4)[:5]
     console.print("\nsampled traces, deleted text struck through")
     for row, rollout in shown:
         line = strike(rollout.actions, policy.tokenizer, policy.rules, marks=not console.is_terminal)
         right = is_right(policy, experiment.task, row, rollout)
         console.print(f"  {last_message(row['prompt'])} ", line, "  right" if right else "  wrong", sep="")
-    console.print(
-        f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between sampled "
-        f"and recomputed log-probs {summary['logp_gap_max']:.1e}; {summary['seconds']:.0f} s"
-    )
-    console.print(f"written to {folder.path}: adapter/, summary.json, metrics.jsonl, traces.jsonl, config.yaml")
+    if summary["steps"]:
+        console.print(
+            f"\n{summary['actions']} actions in {summary['forward_passes']} forward passes; largest gap between "
+            f"sampled and recomputed log-probs {summary['logp_gap_max']:.1e}"
+        )
+    files = (folder.policy.name, "summary.json", "metrics.jsonl", "traces.jsonl", "config.yaml")
+    written = ", ".join(name for name in files if (folder.path / name).exists())
+    console.print(f"{summary['seconds']:.0f} s; written to {folder.path}: {written}")

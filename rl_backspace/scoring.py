@@ -12,12 +12,14 @@ Shapes: B traces of at most K actions; R rows of L slots are fed to the model, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from rl_backspace.backbone import attention_mask, causal_lm
+from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Layout, Rules, layout
 
 SHARED_SLOTS = 256  # a row takes traces of one prompt up to this many slots
@@ -45,6 +47,18 @@ class Packed:
     illegal: tuple[Tensor, Tensor]
     choices: Tensor
     actions: Tensor
+
+
+def batched(prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """TRL's shapes: ids and mask (B, P + K), prompts padded on the left, traces on the right."""
+    before, after = max(map(len, prompts)), max(map(len, traces))
+    ids = torch.full((len(prompts), before + after), pad, dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for i, (prompt, trace) in enumerate(zip(prompts, traces, strict=True)):
+        columns = slice(before - len(prompt), before + len(trace))
+        ids[i, columns] = torch.tensor([*prompt, *trace])
+        real[i, columns] = 1
+    return ids, real
 
 
 @dataclass
@@ -161,31 +175,58 @@ def _lay_out(rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score(
-    model: nn.Module, packed: Packed, temperature: float = 1.0, entropy: bool = False
+    model: nn.Module,
+    packed: Packed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    keyboard: Keyboard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (B, K) of the actions among the legal ones, with gradients, and their entropies if asked.
 
     `model` is called once, through its own forward, so that wrappers (PEFT, DDP, accelerate) do their work.
     """
-    logits = model(
+    return action_logprobs(_logits(model, packed), packed, temperature, entropy, keyboard)
+
+
+def distributions(model: nn.Module, packed: Packed) -> Tensor:
+    """Log-probabilities (U, V) of every token at each distinct choice; `packed.choices` maps actions to choices."""
+    return _among_legal(_logits(model, packed), packed, 1.0)
+
+
+def _logits(model: nn.Module, packed: Packed) -> Tensor:
+    """(R, keep, V)"""
+    return model(
         input_ids=packed.input_ids,
         attention_mask=attention_mask(causal_lm(model), packed.allowed),
         position_ids=packed.position_ids,
         use_cache=False,
         logits_to_keep=packed.keep,
     ).logits
-    return action_logprobs(logits, packed, temperature, entropy)
 
 
 def action_logprobs(
-    logits: Tensor, packed: Packed, temperature: float = 1.0, entropy: bool = False
+    logits: Tensor,
+    packed: Packed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    keyboard: Keyboard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (B, K) from logits (R, keep, V), renormalised over the legal actions."""
-    logits = logits.flatten(0, 1)[packed.outputs].float() / temperature  # (U, V)
-    logprobs = logits.index_put(packed.illegal, logits.new_tensor(-torch.inf)).log_softmax(-1)
+    """Log-probabilities (B, K) from logits (R, keep, V), renormalised over the legal actions.
+
+    On a keyboard they are, as the entropies, of what is typed and not of what was chosen.
+    """
+    logprobs = _among_legal(logits, packed, temperature)
+    if keyboard is not None:
+        logprobs = keyboard.through(logprobs)
     chosen = logprobs[packed.choices, packed.actions]
     if not entropy:
         return chosen, None
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
         return chosen, entropies[packed.choices]
+
+
+def _among_legal(logits: Tensor, packed: Packed, temperature: float) -> Tensor:
+    """Log-probabilities (U, V) from logits (R, keep, V), renormalised over the legal actions of each choice."""
+    logits = logits.flatten(0, 1)[packed.outputs].float() / temperature
+    return logits.index_put(packed.illegal, logits.new_tensor(-torch.inf)).log_softmax(-1)

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl_backspace.engine import Engine, Rollout, Sampling
 from rl_backspace.errors import UserError
 from rl_backspace.evaluate import is_right
+from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.scoring import pack, score
 from rl_backspace.semantics import Budget
@@ -35,7 +36,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
 
     Args:
         policy: model, tokenizer and delete semantics.
-        task: its rows, which reach the rewards.
+        task: its rows, which reach the rewards, and the keyboard it is typed on.
         budget: how far one rollout may go.
         terms: reward functions in TRL's signature.
         args: TRL's config. `temperature`, `top_k`, `top_p` and `min_p` are the sampler's; the log-probs are of
@@ -57,6 +58,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         self.policy, self.task, self.budget, self.on_rollouts = policy, task, budget, on_rollouts
+        self.keyboard = keyboard_of(task, policy)
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p or 0.0)
         self.logp_gap_max = 0.0
         self.forward_passes = self.actions = self.deletes = 0
@@ -74,7 +76,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         )
         _copy_token_rows_to_reference(self.model)
         rows = args.per_device_train_batch_size * args.steps_per_generation  # a generation batch at once, as TRL does
-        self.engine = Engine(self.model, policy.rules, rows)
+        self.engine = Engine(self.model, policy.rules, rows, self.keyboard)
         self._generator = torch.Generator(self.accelerator.device)
         self._generator.manual_seed(args.seed + self.accelerator.process_index)
 
@@ -155,7 +157,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
             chunk = slice(first, first + size)
             packed = pack(input_ids[chunk], attention_mask[chunk], logits_to_keep, self.policy.rules, self.budget)
             with self.accelerator.autocast():
-                chunk_logps, chunk_entropies = score(model, packed, self.temperature, compute_entropy)
+                chunk_logps, chunk_entropies = score(model, packed, self.temperature, compute_entropy, self.keyboard)
             real = attention_mask[chunk, -logits_to_keep:].bool()
             logps.append(chunk_logps.masked_fill(~real, 0.0))
             if chunk_entropies is not None:

@@ -1,13 +1,16 @@
 """Correction warm-up: supervised training on packed corrections, before any RL.
 
 RL never explores a fresh delete token (its probability is near zero), so the model first learns from
-corrections. Every action is scored by `scoring` in the very context that a rollout would choose it in.
+corrections. Every action is scored by `scoring` in the very context that a rollout would choose it in, and all
+corrections of a prompt in one pass.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,30 +19,67 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rl_backspace.config import Warmup
-from rl_backspace.corrections import Correction, Corrector
+from rl_backspace.corrections import FROM_MODEL, Correction, Corrector, Source
+from rl_backspace.detector import diagnose
+from rl_backspace.engine import Engine
+from rl_backspace.expert import Teacher
+from rl_backspace.keyboard import alphabet, keyboard_of
 from rl_backspace.policy import Policy
-from rl_backspace.scoring import pack, score
+from rl_backspace.pool import Asker, Entry
+from rl_backspace.scoring import batched, pack, score
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
 
+POOL = 256  # prompts that the model is asked about at each refresh, for each source that asks it
+HELD_OUT = 128  # test prompts that the detector is measured on
+Example = tuple[Entry, Correction]
+
 
 class Corrections(Dataset):
-    """`size` prompts with a group of corrections each, made from a seed of their own: the same index, the same
-    corrections. A group shares its prompt's slots (`scoring`), so more corrections of a prompt cost little."""
+    """`size` prompts with a group of corrections each, made from a seed of their own: the same index and the same
+    pool, the same corrections. A group shares its prompt's slots (`scoring`), so more corrections of a prompt cost
+    little; its errors come from one source.
+
+    Args:
+        sources: source -> weight.
+    """
 
     def __init__(
-        self, corrector: Corrector, rows: list[Row], prompts: list[list[int]], size: int, group: int, seed: int
+        self,
+        corrector: Corrector,
+        rows: list[Row],
+        prompts: list[list[int]],
+        sources: dict[Source, float],
+        size: int,
+        group: int,
+        seed: int,
     ):
         self.corrector, self.rows, self.prompts = corrector, rows, prompts
+        self.sources = {source: weight for source, weight in sources.items() if weight}
         self.size, self.group, self.seed = size, group, seed
+        self.pool: dict[Source, list[Entry]] = {}
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> list[tuple[list[int], Correction]]:
+    def __getitem__(self, index: int) -> list[Example]:
         rng = random.Random(f"{self.seed}/{index}")
-        chosen = rng.randrange(len(self.rows))
-        return [(self.prompts[chosen], self.corrector.make(self.rows[chosen], rng)) for _ in range(self.group)]
+        (source,) = rng.choices(list(self.sources), list(self.sources.values()))
+        if self.pool.get(source):
+            entry = rng.choice(self.pool[source])
+        else:
+            chosen = rng.randrange(len(self.rows))
+            entry = Entry(self.prompts[chosen], self.corrector.teacher.expert(self.rows[chosen]))
+        make = self.corrector.make
+        return [(entry, make(entry.expert, source, rng, entry.attempts)) for _ in range(self.group)]
+
+    def refresh(self, asker: Asker, step: int) -> None:
+        """Ask the model as it is now about other prompts than before, for the sources that need it."""
+        for source in self.sources:
+            if source in FROM_MODEL and self.corrector.clean < 1:
+                rng = random.Random(f"{self.seed}/{source}/{step}")
+                chosen = rng.sample(range(len(self.rows)), min(POOL, len(self.rows)))
+                self.pool[source] = asker.ask(source, [self.rows[i] for i in chosen], [self.prompts[i] for i in chosen])
 
 
 class WarmupTrainer(Trainer):
@@ -57,42 +97,70 @@ class WarmupTrainer(Trainer):
         super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
         self.model_accepts_loss_kwargs = False
 
-    def collate(self, groups: list[list[tuple[list[int], Correction]]]) -> dict[str, Tensor]:
-        """TRL's shapes: prompts padded on the left, traces on the right."""
+    def collate(self, groups: list[list[Example]]) -> dict[str, Tensor]:
+        """TRL's shapes: prompts padded on the left, traces on the right; targets and what to learn (B, K)."""
         examples = [example for group in groups for example in group]
-        before = max(len(prompt) for prompt, _ in examples)
-        after = max(len(correction.actions) for _, correction in examples)
-        ids = torch.full((len(examples), before + after), self.pad, dtype=torch.long)
-        real = torch.zeros_like(ids)
-        learn = torch.zeros(len(examples), after)
-        for i, (prompt, correction) in enumerate(examples):
-            columns = slice(before - len(prompt), before + len(correction.actions))
-            ids[i, columns] = torch.tensor(prompt + correction.actions)
-            real[i, columns] = 1
-            learn[i, : len(correction.actions)] = torch.tensor(correction.learn, dtype=torch.float)
-        return {"input_ids": ids, "attention_mask": real, "learn": learn}
+        corrections = [correction for _, correction in examples]
+        ids, real = batched([entry.prompt for entry, _ in examples], [c.actions for c in corrections], self.pad)
+        steps = max(len(correction.actions) for correction in corrections)
+        targets, learn = ids[:, -steps:].clone(), torch.zeros(len(examples), steps)
+        for i, correction in enumerate(corrections):
+            targets[i, : len(correction.targets)] = torch.tensor(correction.targets)
+            learn[i, : len(correction.learn)] = torch.tensor(correction.learn, dtype=torch.float)
+        return {"input_ids": ids, "attention_mask": real, "targets": targets, "learn": learn}
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         learn = inputs["learn"]
         packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
-        logprobs = score(model, packed)[0]
+        logprobs = score(model, replace(packed, actions=inputs["targets"]))[0]
         loss = -logprobs[learn.bool()].mean()
         return (loss, {}) if return_outputs else loss
+
+
+class Refresh(TrainerCallback):
+    """Every so many steps: ask the model again, and measure its delete token as a detector of errors."""
+
+    def __init__(self, every: int, refresh: Callable[[int], None]):
+        self.every, self.refresh = every, refresh
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.refresh(state.global_step)
 
 
 def make_corrector(policy: Policy, task: Task, budget: Budget, config: Warmup) -> Corrector:
     """A corrector whose wrong tokens are those that the task's own answers are made of."""
     eos = policy.tokenizer.eos_token_id
 
-    @functools.lru_cache(maxsize=100_000)  # a group asks for the same answer again and again
-    def tokens(answer: str) -> list[int]:
-        return [*policy.tokenizer(answer, add_special_tokens=False).input_ids, eos]
+    @functools.lru_cache(maxsize=100_000)
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(policy.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def gold(row: Row) -> list[int]:
-        return tokens(row["answer"])
+    teacher = Teacher(task, policy.rules, budget, tokens, policy.text, alphabet(task, policy), eos)
+    return Corrector(teacher, config.clean, config.errors, config.late)
 
-    alphabet = sorted({token for row in task.train[:2000] for token in gold(row)} - {eos})
-    return Corrector(task, policy.rules, budget, gold, policy.text, alphabet, config.clean, config.errors, config.late)
+
+def make_corrections(
+    policy: Policy, task: Task, budget: Budget, config: Warmup, size: int, seed: int
+) -> tuple[Corrections, Asker]:
+    """The corrections of `size` prompts, still without a pool, and what asks the model to fill it."""
+    prompts = policy.encode([row["prompt"] for row in task.train])
+    corrector = make_corrector(policy, task, budget, config)
+    engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))
+    generator = torch.Generator(engine.backbone.device)
+    generator.manual_seed(seed)
+    dataset = Corrections(corrector, task.train, prompts, config.sources, size, config.group, seed)
+    return dataset, Asker(policy, corrector.teacher, engine, config, config.group, generator)
+
+
+def first_corrections(
+    policy: Policy, task: Task, budget: Budget, config: Warmup, seed: int, count: int
+) -> list[tuple[Row, Correction]]:
+    """The corrections of the first `count` prompts of a warm-up, with the rows that they are made of."""
+    dataset, asker = make_corrections(policy, task, budget, config, count, seed)
+    dataset.refresh(asker, 0)
+    examples = (example for index in range(count) for example in dataset[index])
+    return [(entry.expert.row, correction) for entry, correction in examples]
 
 
 def warm_up(
@@ -102,12 +170,26 @@ def warm_up(
     config: Warmup,
     args: TrainingArguments,
     callbacks: list[TrainerCallback],
-) -> None:
-    """Train `policy.model` in place for `args.max_steps` steps."""
+    on_diagnosis: Callable[[int, dict[str, Any]], None] = lambda step, found: None,
+) -> dict[str, Any]:
+    """Train `policy.model` in place for `args.max_steps` steps; the delete token's measures as a detector afterwards.
+
+    Args:
+        on_diagnosis: told of the same measures (`detector.diagnose`) at each refresh, with the step.
+    """
     size = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    prompts = policy.encode([row["prompt"] for row in task.train])
-    corrector = make_corrector(policy, task, budget, config)
-    dataset = Corrections(corrector, task.train, prompts, size, config.group, args.seed)
-    trainer = WarmupTrainer(policy, budget, args, dataset, callbacks)
+    dataset, asker = make_corrections(policy, task, budget, config, size, args.seed)
+    measurer = replace(asker, group=2, generator=torch.Generator(asker.generator.device))
+    examiner = replace(dataset.corrector, clean=0.5)  # right states and wrong ones, whatever is trained on
+
+    def refresh(step: int) -> None:
+        dataset.refresh(asker, step)
+        on_diagnosis(step, diagnose(measurer, examiner, task.test[:HELD_OUT], args.seed))
+
+    refresh(0)
+    trainer = WarmupTrainer(policy, budget, args, dataset, [*callbacks, Refresh(config.refresh, refresh)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    found = diagnose(measurer, examiner, task.test[: 2 * HELD_OUT], args.seed)
+    on_diagnosis(trainer.state.global_step, found)
+    return found

@@ -275,6 +275,67 @@ def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
     assert len(greedy) == 1
 
 
+def test_without_lora_all_of_the_model_is_trained_and_saved(here: Path) -> None:
+    """From a base whose generation config is one that transformers publishes but would not write."""
+    base = checkpoint(here / "base")
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [7]}')
+    path = experiment(
+        here,
+        base,
+        lora=None,
+        warmup={"steps": 60, "clean": 0.2, "trainer": {"per_device_train_batch_size": 16, "learning_rate": 1e-2}},
+        trainer={"per_device_train_batch_size": 16, "learning_rate": 1e-3, "gradient_checkpointing": True},
+        rewards={"length": {"fn": "mine.py:length"}},
+    )
+    (here / "mine.py").write_text(LENGTH)
+    result = call("train", path, "--out", "run")
+    assert result.code == 0, result.err
+    assert "written to run: model, summary.json, metrics.jsonl, traces.jsonl" in result.out.replace("\n", " ")
+    assert not (here / "run" / "adapter").exists()
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert 0 < summary["logp_gap_max"] < 1e-4 and summary["deletes"] > 0
+    ids = torch.arange(CHARACTERS + 1)[None]
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, here / "run" / "model"))
+    with torch.no_grad():
+        assert torch.equal(after(input_ids=ids).logits, load(here / "run" / "model").model.eval()(input_ids=ids).logits)
+    trained = after.state_dict()
+    assert not [name for name, weights in before.state_dict().items() if torch.equal(weights, trained[name])]
+    measured = json.loads(call("eval", "run", "--json").out)
+    assert measured["allowed"]["greedy"]["accuracy"] == summary["accuracy"]["after"]["allowed"]["greedy"]
+    assert call("generate", "run", "1 2 3=6:").out.startswith("1 2 3=6: ")
+
+
+@pytest.mark.parametrize(("lora", "kept"), [({"r": 4}, "adapter"), (None, "model")])
+def test_no_steps_of_rl_are_a_warm_up_alone(
+    lora: Any, kept: str, here: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what only RL needs is no matter: prompts enough for its batches, a reference, rewards that work."""
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an RL trainer was made")
+
+    monkeypatch.setattr("rl_backspace.run.BackspaceGRPOTrainer", never)
+    (here / "mine.py").write_text("def reward(completions):\n    raise RuntimeError('the judge is away')\n")
+    path = experiment(
+        here,
+        base,
+        lora=lora,
+        warmup={"steps": 2, "trainer": {"per_device_train_batch_size": 4}},
+        rewards={"mine": {"fn": "mine.py:reward"}},
+        trainer={"per_device_train_batch_size": 800, "beta": 0.1},
+    )
+    result = call("train", path, "--out", "run", "trainer.max_steps=0")
+    assert result.code == 0, result.err
+    assert f"written to run: {kept}, summary.json, metrics.jsonl, config.yaml" in result.out.replace("\n", " ")
+    assert "after GRPO" not in result.out and "forward passes" not in result.out
+    summary = json.loads((here / "run" / "summary.json").read_text())
+    assert set(summary["accuracy"]) == {"base", "before"}
+    assert {summary[count] for count in ("steps", "actions", "deletes", "forward_passes")} == {0}
+    assert summary["logp_gap_max"] is None and summary["seconds"] > 0
+    measured = json.loads(call("eval", "run", "--json").out)
+    assert measured["allowed"]["sampled"]["accuracy"] == summary["accuracy"]["before"]["allowed"]["sampled"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -454,6 +515,11 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "reward that is nan": (own_reward("return [float('nan')] * len(completions)"), ["rewards.mine: .*nan for row 0"]),
     "reward that is text": (own_reward("return list(completions)"), ["rewards.mine: .*for row 0"]),
     "lora where it cannot be": (plain(lora={"target_modules": ["nothing"]}), ["lora.target_modules: "]),
+    "reference of a whole model": (
+        plain(lora=None, trainer={"beta": 0.1}),
+        ["trainer.beta: got 0.1 with lora: null, .*set it to 0, or give a lora block"],
+    ),
+    "nothing to train": (plain(trainer={"max_steps": 0}), ["trainer.max_steps: 0, and warmup.steps is 0 too"]),
     "end as delete": (plain(delete={"tokens": Replace({"<eos>": "token"})}), ["delete.tokens: '<eos>'"]),
 }
 
@@ -516,6 +582,9 @@ def test_a_run_that_did_not_finish_is_called_so(here: Path, base: Path) -> None:
     (here / "run" / "config.yaml").write_text("mine")
     (error,) = assert_refused(here, "train", experiment(here, base), "--out", "run", "--dry-run")
     assert "did not finish; its adapter, if any, is in run/adapter" in error
+    (here / "run" / "model").mkdir()
+    (error,) = assert_refused(here, "train", experiment(here, base), "--out", "run", "--dry-run")
+    assert "did not finish; its model, if any, is in run/model" in error
     (here / "run" / "summary.json").write_text("{}")
     (error,) = assert_refused(here, "train", experiment(here, base), "--out", "run", "--dry-run")
     assert "already there and not empty" in error

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from rl_backspace.config import Config, dump, override, parse, parse_pretrain, read_yaml, trainer_problems
+from rl_backspace.config import Config, Lora, dump, override, parse, parse_pretrain, read_yaml, trainer_problems
 from rl_backspace.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -91,6 +91,7 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"seed": 2**32}, "seed: expected a number less than 4294967296; got 4294967296 (int)"),
         ({"task": "signs"}, "task: expected a block of keys; got 'signs' (str)"),
         ({"trainer": None}, "trainer: expected a block of keys; got None (NoneType)"),
+        ({"lora": False}, "lora: expected a block of keys; got False (bool)"),
         ({"wandb": True}, "wandb: expected a block of keys; got True (bool)"),
         ({"rewards": {}}, "rewards: expected at least one entry; got {} (dict)"),
         ({"warmup": {"clean": 1.5}}, "warmup.clean: expected a number less than or equal to 1; got 1.5 (float)"),
@@ -99,9 +100,9 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),
         ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps: expected a valid integer; got 1.5 (float)"),
         (
-            {"trainer": {"max_steps": 0}},
-            "trainer.max_steps: expected a number greater than 0, or -1 to train for trainer.num_train_epochs; "
-            "got 0 (int)",
+            {"trainer": {"max_steps": -2}},
+            "trainer.max_steps: expected a number of steps, 0 to stop after the warm-up, or -1 to train for "
+            "trainer.num_train_epochs; got -2 (int)",
         ),
         (
             {"trainer": {"num_train_epochs": 0}},
@@ -157,6 +158,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ({"delete": {"budget": 7}, "trainer": {"max_completion_length": 8}}, "delete.budget"),
         ({"delete": {"tokens": {"x": "line"}, "boundary": ""}}, "delete.boundary"),
         ({"rewards": {"a": {"fn": "a:b", "weight": 0}}}, "rewards"),
+        ({"warmup": {"steps": 0}, "trainer": {"max_steps": 0}}, "trainer.max_steps"),
     ],
 )
 def test_settings_that_cannot_work_together(changes: dict[str, Any], key: str) -> None:
@@ -336,6 +338,22 @@ def test_a_dumped_config_parses_to_itself(
 
 def test_steps_may_be_left_to_the_epochs() -> None:
     assert parse(content(trainer={"max_steps": -1, "num_train_epochs": 2})).trainer["max_steps"] == -1
+
+
+def test_no_steps_of_rl_need_no_reward_with_a_weight() -> None:
+    changed = content(trainer={"max_steps": 0}, rewards={"a": {"fn": "a:b", "weight": 0}})
+    assert parse(changed).trainer["max_steps"] == 0
+    assert parse(content(warmup={"steps": 0}, trainer={"max_steps": -1})).warmup.steps == 0
+
+
+def test_lora_can_be_turned_off_and_on() -> None:
+    changed = content(lora={"r": 4})
+    override(changed, ["lora=null"])
+    config = parse(changed)
+    assert config.lora is None and parse(yaml.safe_load(dump(config))) == config
+    override(changed, ["lora.r=8"])
+    assert parse(changed).lora == Lora(r=8)
+    assert parse(content()).lora == Lora()
 
 
 def test_pretrain_files_are_checked_alike() -> None:

@@ -13,9 +13,12 @@ from checkpoints import CHARACTERS, checkpoint
 from conftest import tiny
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.trainer_utils import align_special_tokens
 
+from rl_backspace.backbone import causal_lm
 from rl_backspace.config import Delete, Lora
+from rl_backspace.engine import Engine
 from rl_backspace.errors import UserError
 from rl_backspace.policy import EMBEDDED, Policy, create, load, load_base
 from rl_backspace.pretrain import character_tokenizer
@@ -25,14 +28,14 @@ LORA = Lora(r=4, alpha=8)
 CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
 
 
-def policy(folder: Path, delete: Delete | None = None, **options: Any) -> Policy:
-    return create(str(checkpoint(folder, **options)), delete or Delete(), LORA, seed=0)
+def policy(folder: Path, delete: Delete | None = None, lora: Lora | None = LORA, **options: Any) -> Policy:
+    return create(str(checkpoint(folder, **options)), delete or Delete(), lora, seed=0)
 
 
 def rows_of(made: Policy) -> dict[str, Tensor]:
     """Copies of both embeddings as the model uses them, the adapter's rows included."""
     made.model.eval()
-    base = made.model.get_base_model()
+    base = causal_lm(made.model)
     ids = torch.arange(base.config.get_text_config().vocab_size)
     hidden = torch.eye(base.config.hidden_size)[None]
     with torch.no_grad():
@@ -62,11 +65,12 @@ def everything(made: Policy) -> Tensor:
     return torch.arange(len(made.tokenizer))[None]
 
 
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "whole"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_fresh_token_takes_a_spare_row_and_touches_no_other(tied: bool, tmp_path: Path) -> None:
+def test_a_fresh_token_takes_a_spare_row_and_touches_no_other(tied: bool, lora: Lora | None, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, spare=3, tie_word_embeddings=tied)
     before = AutoModelForCausalLM.from_pretrained(folder)
-    made = create(str(folder), Delete(), LORA, seed=0)
+    made = create(str(folder), Delete(), lora, seed=0)
     (token,) = made.rules.deletes
     assert token == CHARACTERS
     assert made.model.get_input_embeddings().weight.shape[0] == CHARACTERS + 3  # never resized
@@ -125,6 +129,103 @@ def test_a_saved_adapter_loads_with_equal_logits_here_and_in_plain_peft(
         assert tokenizer(f"1{text}2").input_ids == [*tokenizer("1").input_ids, index, *tokenizer("2").input_ids]
     # rounding, not equality: the update is added to the weights
     torch.testing.assert_close(logits(plain.merge_and_unload(), ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_model_is_a_stock_checkpoint_with_equal_logits(tied: bool, family: str, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", family=family, tie_word_embeddings=tied)
+    delete = Delete(tokens={"<|undo|>": "line", "<|back|>": 3}, memory="hint", retry="free")
+    made = create(str(base), delete, None, seed=0)
+    disturb(made)
+    folder = tmp_path / "model"
+    for _ in range(2):  # the second time over the first
+        made.save(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
+    shutil.rmtree(base)  # it needs no base
+    ids = everything(made)
+    expected = logits(made.model, ids)
+
+    loaded = load(folder)
+    assert loaded.whole and loaded.rules == made.rules
+    assert torch.equal(logits(loaded.model, ids), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), ids), expected)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    for token in ("eos_token_id", "pad_token_id", "padding_side"):
+        assert getattr(tokenizer, token) == getattr(made.tokenizer, token)
+
+
+def test_all_of_a_whole_model_is_trained_in_float32(tmp_path: Path) -> None:
+    tiny(vocab_size=CHARACTERS + 2).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    character_tokenizer().save_pretrained(tmp_path / "base")
+    made = create(str(tmp_path / "base"), Delete(), None, seed=0)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in made.model.parameters())
+    made.save(tmp_path / "model")
+    for trainable in (True, False):
+        loaded = load(tmp_path / "model", trainable).model
+        assert all(p.requires_grad == trainable and p.dtype == torch.float32 for p in loaded.parameters())
+
+
+def test_a_forward_that_accelerate_has_wrapped_is_no_wrong_model(tmp_path: Path) -> None:
+    """After training in bfloat16 the model's own forward still rounds; the float32 rollouts are not to be blamed."""
+    made = policy(tmp_path, lora=None)
+    made.model.forward = torch.autocast("cpu", torch.bfloat16)(made.model.forward)
+    Engine(made.model, made.rules)
+
+
+def test_what_trainers_change_in_the_configs_keeps_no_model_from_being_saved(tmp_path: Path) -> None:
+    """Published generation configs may break transformers' own rules, which it holds changed ones to."""
+    model = tiny(vocab_size=CHARACTERS + 2)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [7], "top_k": 5}')
+    character_tokenizer().save_pretrained(tmp_path / "base")
+    made = create(str(tmp_path / "base"), Delete(), None, seed=0)
+    align_special_tokens(made.model, made.tokenizer)  # as transformers does before it trains
+    made.model.config.use_cache = False
+    made.save(tmp_path / "model")
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (saved.temperature, saved.top_k, saved.pad_token_id) == (0.6, 5, made.tokenizer.pad_token_id)
+    assert set(saved.eos_token_id) == load(tmp_path / "model").rules.eos == {1, 7}
+    before, after = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("base", "model"))
+    assert {**before, "_name_or_path": ""} == {**after, "_name_or_path": ""}
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "whole"])
+def test_a_saved_whole_model_is_a_base_that_has_its_delete_token(lora: Lora | None, tmp_path: Path) -> None:
+    made = policy(tmp_path / "base", lora=None)
+    disturb(made)
+    made.save(tmp_path / "model")
+    ids = everything(made)
+    again = create(str(tmp_path / "model"), Delete(), lora, seed=1)
+    assert again.rules == made.rules
+    assert torch.equal(logits(again.model, ids), logits(made.model, ids))
+    disturb(again)
+    again.save(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again").model, ids), logits(again.model, ids))
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "whole"])
+def test_a_save_that_breaks_off_leaves_the_old_one_whole(
+    lora: Lora | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = policy(tmp_path / "base", lora=lora)
+    made.save(tmp_path / "saved")
+    ids = everything(made)
+    expected = logits(made.model, ids)
+    disturb(made)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made.tokenizer), "save_pretrained", full)
+        with pytest.raises(OSError, match="no space"):
+            made.save(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved").model, ids), expected)
+    with torch.no_grad():
+        next(p for p in made.model.parameters() if p.requires_grad).fill_(torch.nan)
+    assert "training diverged" in refused(lambda: made.save(tmp_path / "saved"))
+    assert torch.equal(logits(load(tmp_path / "saved").model, ids), expected)
 
 
 def test_only_the_loaded_copy_that_is_to_be_trained_has_gradients(tmp_path: Path) -> None:
@@ -296,8 +397,17 @@ def test_a_model_of_the_package_goes_by_its_name_wherever_it_is_installed(tmp_pa
     assert torch.equal(logits(load(tmp_path).model, ids), logits(made.model, ids))
 
 
+def test_a_whole_model_made_of_one_of_the_package_is_its_own(tmp_path: Path) -> None:
+    made = create("arith-1m", Delete(), None, 0)
+    disturb(made)
+    made.save(tmp_path)
+    assert "model" not in json.loads((tmp_path / "delete.json").read_text())
+    ids = everything(made)
+    assert torch.equal(logits(load(tmp_path).model, ids), logits(made.model, ids))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "no whole adapter of rl-backspace here (FileNotFoundError"),
+    "no folder": (shutil.rmtree, "no whole adapter or model of rl-backspace here (FileNotFoundError"),
     "no semantics": (lambda folder: (folder / "delete.json").unlink(), "no whole adapter"),
     "empty semantics": (lambda folder: (folder / "delete.json").write_text("{}"), "no whole adapter"),
     "semantics of another kind": (lambda folder: (folder / "delete.json").write_text("[]"), "no whole adapter"),
@@ -313,6 +423,31 @@ def test_a_folder_that_is_no_whole_adapter(damage: Callable[[Path], Any], said: 
     policy(tmp_path / "base").save(tmp_path / "adapter")
     damage(tmp_path / "adapter")
     assert said in refused(lambda: load(tmp_path / "adapter"))
+
+
+WHOLE_DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "no semantics": lambda folder: (folder / "delete.json").unlink(),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "half a config": lambda folder: (folder / "config.json").write_text("{"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(b"xx"),
+}
+
+
+@pytest.mark.parametrize("damage", WHOLE_DAMAGE.values(), ids=WHOLE_DAMAGE)
+def test_a_folder_that_is_no_whole_model(damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    policy(tmp_path / "base", lora=None).save(tmp_path / "model")
+    damage(tmp_path / "model")
+    said = refused(lambda: load(tmp_path / "model"))
+    assert "no whole adapter or model of rl-backspace here" in said
+    assert said.endswith("expected RUN/adapter or RUN/model")
+
+
+def test_quantised_weights_are_not_trained_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tokenizer = load_base(str(checkpoint(tmp_path)))
+    base.hf_quantizer = object()
+    monkeypatch.setattr("rl_backspace.policy.load_base", lambda model: (base, tokenizer))
+    assert refused(lambda: create(str(tmp_path), Delete(), None, 0)).startswith("lora: null trains all parameters")
 
 
 # text in, text out

@@ -4,7 +4,9 @@ import itertools
 import json
 import random
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ import pytest
 
 from rl_backspace.errors import UserError
 from rl_backspace.plugins import load_task
-from rl_backspace.tasks import Row, Task, arithmetic, data, signs, split_of
+from rl_backspace.tasks import Row, Task, arithmetic, countdown, data, signs, split_of, sudoku, typos
+from rl_backspace.tasks.countdown import reachable
 
 MAKERS: dict[str, Callable[..., Task]] = {
     "signs": lambda **kwargs: signs(count=4, train=300, test=60, **kwargs),
     "arithmetic": lambda **kwargs: arithmetic(digits=2, train=300, test=60, **kwargs),
+    "countdown": lambda **kwargs: countdown(count=3, train=300, test=60, **kwargs),
+    "sudoku": lambda **kwargs: sudoku(givens=5, train=300, test=60, **kwargs),
+    "typos": lambda **kwargs: typos(length=5, train=300, test=60, **kwargs),
 }
 
 
@@ -104,12 +110,235 @@ def test_arithmetic_is_right(operations: str) -> None:
         (lambda: arithmetic(operations="-"), "operations='-'"),
         (lambda: arithmetic(digits=0), "digits=0"),
         (lambda: arithmetic("+", digits=1, train=200, test=5), "too few distinct prompts"),
+        (lambda: countdown(count=2, high=3, train=20, test=1), "too few distinct prompts"),
+        (lambda: sudoku(givens=1, train=70, test=1), "too few distinct prompts"),
+        (lambda: typos(length=1, train=30, test=1), "too few distinct prompts"),
     ],
 )
 def test_impossible_arguments_are_refused(call: Callable[[], Task], said: str) -> None:
     with pytest.raises(UserError) as caught:
         call()
     assert said in str(caught.value)
+
+
+# the puzzles, against versions that spell everything out
+
+
+def beginnings(texts: set[str]) -> set[str]:
+    return {text[:n] for text in texts for n in range(len(text) + 1)}
+
+
+def slips(text: str, characters: str, rng: random.Random) -> list[str]:
+    """Texts that are wrong or nearly so: one character deleted, doubled, put in or put in another's place."""
+    at, other = rng.randint(0, len(text)), rng.choice(characters)
+    before, after = text[:at], text[at:]
+    return [before, before + after[1:], before + other + after, before + other + after[1:], before + other]
+
+
+def agrees(task: Task, row: Row, right: set[str], texts: set[str]) -> None:
+    """The task says of these texts what the list of all right ones says."""
+    begun = beginnings(right)
+    for text in texts:
+        assert task.correct(row, text) == (text in right), (row, text)
+        assert task.alive(row, text) == (text in begun), (row, text)
+
+
+def endings(numbers: list[int], limit: int) -> dict[int, set[str]]:
+    """Target -> all texts that lead there: any two numbers, in either order, give way to what they make."""
+    if len(numbers) == 1:
+        return {numbers[0]: {""}}
+    texts: dict[int, set[str]] = defaultdict(set)
+    for i in range(len(numbers)):
+        for j in range(len(numbers)):
+            if i == j:
+                continue
+            a, b = numbers[i], numbers[j]
+            for sign, made in (
+                ("+", Fraction(a + b)),
+                ("-", Fraction(a - b)),
+                ("*", Fraction(a * b)),
+                ("/", Fraction(a, b)),
+            ):
+                if made in range(1, limit + 1):  # so a fraction of a whole number is no result
+                    left = [number for k, number in enumerate(numbers) if k not in (i, j)]
+                    for target, rests in endings([*left, int(made)], limit).items():
+                        texts[target] |= {f"{a}{sign}{b}={made}," + rest for rest in rests}
+    return {target: {text.rstrip(",") for text in found} for target, found in texts.items()}
+
+
+def asked(prompt: str) -> tuple[list[int], int]:
+    numbers, target = prompt.removesuffix(":").split("=")
+    return [int(number) for number in numbers.split()], int(target)
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"),
+    [
+        (99, [3, 7]),
+        (9, [4, 4]),
+        (1, [1, 1, 1]),
+        (12, [2, 3, 12]),
+        (99, [2, 4, 8]),
+        (40, [5, 5, 10]),
+        (20, [1, 2, 3, 4]),
+    ],
+)
+def test_countdown_reaches_what_spelling_everything_out_reaches(limit: int, numbers: list[int]) -> None:
+    assert reachable(tuple(numbers), limit) == sorted(endings(numbers, limit))
+
+
+@pytest.mark.parametrize(
+    ("count", "high", "limit", "train"), [(2, 12, 50, 40), (3, 10, 10, 40), (3, 12, 99, 40), (4, 6, 24, 10)]
+)
+def test_countdown_agrees_with_spelling_everything_out(count: int, high: int, limit: int, train: int) -> None:
+    rng = random.Random(0)
+    task = countdown(count, high=high, limit=limit, train=train, test=1)
+    for row in task.train:
+        numbers, target = asked(row["prompt"])
+        assert len(numbers) == count and 1 <= min(numbers) <= max(numbers) <= high and 1 <= target <= limit
+        found = endings(numbers, limit)
+        right = found[target]
+        assert row["answer"] in right
+        elsewhere = [text for other, texts in found.items() if other != target for text in sorted(texts)]
+        near = rng.sample(sorted(right), min(len(right), 20)) + rng.sample(elsewhere, min(len(elsewhere), 20))
+        wrong = {slip for text in near for slip in slips(text, "0123456789+-*/=, x", rng)}
+        zeros = {re.sub(r"\b(\d)", r"0\1", text, count=1) for text in near}
+        spaces = {text.replace(",", ", ") for text in near} | {f" {near[0]}", f"{near[0]}\n"}
+        commas = {f"{text}," for text in near} | {",", f",{near[0]}", near[0].replace(",", ",,")}
+        agrees(task, row, right, {"", "x", *near, *beginnings({near[0]}), *wrong, *zeros, *spaces, *commas})
+        hopeless = {**row, "target": min(set(range(1, limit + 2)) - set(found))}
+        agrees(task, hopeless, set(), {"", near[0]})
+
+
+def test_countdown_asks_for_every_target_that_can_be_reached() -> None:
+    pairs = itertools.combinations_with_replacement(range(1, 4), 2)
+    expected = {f"{a} {b}={target}:" for a, b in pairs for target in endings([a, b], limit=6)}
+    sizes = Counter(split_of(prompt) for prompt in expected)
+    task = countdown(2, high=3, limit=6, train=sizes["train"], test=sizes["test"])
+    assert {*prompts(task.train), *prompts(task.test)} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "correct", "alive"),
+    [
+        ("4+8=12,12*2=24", True, True),
+        ("8+4=12,2*12=24", True, True),  # either order
+        ("8/4=2,2+2=4", False, False),  # another target, all numbers used
+        ("8-2=6,4*6=24", True, True),
+        ("8-2=6,", False, True),
+        ("8-2=6,4", False, True),
+        ("8-2=6,8", False, False),
+        ("8-2=6", False, True),
+        ("8/2=4,4", False, False),  # 4 and 4 do not make 24
+        ("4/8=0", False, False),
+        ("8*4=32,32-2=30", False, False),  # 32 is over the limit
+        ("8+4=12,12*2=24,", False, False),
+        ("8+4=12,8*2=16", False, False),  # 8 is gone
+        ("8+8=16,16+4=20", False, False),  # there is one 8
+        ("4*4=16,16+8=24", False, False),  # there is one 4
+        ("4-4=0", False, False),
+        ("8+4=13", False, False),
+        ("08+4=12,12*2=24", False, False),
+        ("2*12=24", False, False),  # 12 is not there yet
+        ("2*4=8,8+8=16", False, False),
+    ],
+)
+def test_countdown_by_hand(text: str, correct: bool, alive: bool) -> None:
+    task = countdown(train=1, test=1)
+    row = {"numbers": [2, 4, 8], "target": 24, "limit": 30}
+    assert (task.correct(row, text), task.alive(row, text)) == (correct, alive)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_every_countdown_has_an_answer_that_lives(count: int) -> None:
+    task = countdown(count, low=3, high=12, limit=30, train=20, test=2)
+    for row in task.train + task.test:
+        assert task.correct(row, row["answer"]) and row["answer"].count("=") == count - 1
+        assert all(task.alive(row, text) for text in beginnings({row["answer"]}))
+        assert not task.alive(row, row["answer"] + ",")
+
+
+def full_grids() -> list[str]:
+    """Cell after cell, every digit that no cell before it in the row, the column or the quarter holds."""
+
+    def sees(a: int, b: int) -> bool:
+        quarters = [(cell // 8, cell % 4 // 2) for cell in (a, b)]
+        return a // 4 == b // 4 or a % 4 == b % 4 or quarters[0] == quarters[1]
+
+    found = [""]
+    for cell in range(16):
+        taken = [(grid, {grid[other] for other in range(cell) if sees(cell, other)}) for grid in found]
+        found = [grid + digit for grid, digits in taken for digit in "1234" if digit not in digits]
+    return found
+
+
+def test_sudoku_accepts_all_grids_that_fit_and_no_others() -> None:
+    every = ["/".join((grid[:4], grid[4:8], grid[8:12], grid[12:])) for grid in full_grids()]
+    assert len(set(every)) == 288
+    rng = random.Random(0)
+    several = set()
+    for givens in range(1, 16):
+        task = sudoku(givens, train=10, test=1)
+        for row in task.train:
+            puzzle = row["prompt"].removesuffix(":")
+            assert sum(character in "1234" for character in puzzle) == givens
+            right = {
+                text for text in every if all(shown in (".", cell) for shown, cell in zip(puzzle, text, strict=True))
+            }
+            assert row["answer"] in right
+            some = [row["answer"], min(right), max(right), rng.choice(every), puzzle]
+            wrong = {slip for text in some for slip in slips(text, "01234./: x", rng)}
+            slashes = {change(text) for text in some for change in SLASHES}
+            agrees(task, row, right, {*every, *beginnings(set(some)), *wrong, *slashes})
+            several.add(len(right) > 1)
+    assert several == {True, False}
+
+
+SLASHES: list[Callable[[str], str]] = [
+    lambda text: text.replace("/", ""),
+    lambda text: text.replace("/", "", 1),
+    lambda text: text.replace("/", "//", 1),
+    lambda text: text.replace("/", "\n"),
+    lambda text: text[:3] + "/" + text[3] + text[5:],
+    lambda text: f"/{text}",
+    lambda text: f"{text}/",
+    lambda text: f"{text}:",
+]
+
+
+def best_chance(task: Task, row: Row, alphabet: str, most: int, text: str = "") -> float:
+    """The chance of a right answer for whoever types as well as can be, up to `most` letters, and never deletes."""
+    stop = float(task.correct(row, text))
+    if len(text) == most:
+        return stop
+    then = {letter: best_chance(task, row, alphabet, most, text + letter) for letter in alphabet}
+    swapped = {typed: sum(then[other] for other in then if other != typed) / (len(then) - 1) for typed in then}
+    return max(stop, *((1 - task.typo_rate) * then[typed] + task.typo_rate * swapped[typed] for typed in then))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("rate", [0.0, 0.083, 0.5])
+def test_the_ceiling_of_typos_is_the_best_chance_without_deleting(length: int, rate: float) -> None:
+    task = typos(length, rate, train=5, test=1)
+    assert task.typo_rate == rate and task.ceiling == pytest.approx((1 - rate) ** length)
+    for row in task.train[:2]:
+        alphabet = "".join(sorted({*row["answer"], "x", "y", " ", "\n"}))
+        assert best_chance(task, row, alphabet, most=length + 2) == pytest.approx(task.ceiling)
+
+
+def test_typos_asks_for_the_letters_of_the_prompt() -> None:
+    task = load_task({"fn": "typos", "length": 3, "rate": 0, "train": 300, "test": 30}, seed=0)
+    assert (task.typo_rate, task.ceiling) == (0, 1)
+    assert all(re.fullmatch("[a-z]{3}:", row["prompt"]) and row["prompt"] == row["answer"] + ":" for row in task.train)
+    assert {letter for row in task.train for letter in row["answer"]} == set("abcdefghijklmnopqrstuvwxyz")
+    row = {"prompt": "abc:", "answer": "abc"}
+    agrees(task, row, {"abc"}, {"", "a", "ab", "abc", "abcd", "abd", "b", "ABC", "abc:", " abc", "abc ", "abc\n"})
+    assert typos(train=5, test=1).ceiling == pytest.approx(0.5, abs=0.001)  # half of them by default
+
+
+def test_tasks_without_a_bad_keyboard_have_no_ceiling() -> None:
+    for task in (countdown(train=5, test=1), sudoku(train=5, test=1), signs(train=5, test=1)):
+        assert (task.typo_rate, task.ceiling) == (0, None)
 
 
 # your own data
@@ -290,6 +519,21 @@ def test_a_task_from_a_file_with_and_without_a_seed(tmp_path: Path) -> None:
         ({"fn": "signs", "count": "five"}, ["task.count: expected a valid integer; got 'five'"]),
         ({"fn": "signs", "count": True}, ["task.count: expected a valid integer; got True"]),
         ({"fn": "signs", "cout": 5, "high": "x"}, ["task.cout", "task.high"]),
+        ({"fn": "countdown", "count": 1}, ["countdown: got count=1.*expected count from 2 to 5"]),
+        ({"fn": "countdown", "count": 6}, ["countdown: got count=6.*expected count from 2 to 5"]),
+        ({"fn": "countdown", "low": 5, "high": 4}, ["low=5, high=4.*low <= high"]),
+        ({"fn": "countdown", "low": 0}, ["low=0.*1 <= low"]),
+        ({"fn": "countdown", "limit": 29}, ["high=30, limit=29.*high <= limit"]),
+        ({"fn": "countdown", "count": "3"}, ["task.count: expected a valid integer; got '3'"]),
+        ({"fn": "countdown", "limit": 99.5}, ["task.limit: expected a valid integer; got 99.5"]),
+        ({"fn": "sudoku", "givens": 16}, ["sudoku: got givens=16; expected 1 to 15"]),
+        ({"fn": "sudoku", "givens": 0}, ["sudoku: got givens=0; expected 1 to 15"]),
+        ({"fn": "sudoku", "givens": "5"}, ["task.givens: expected a valid integer; got '5'"]),
+        ({"fn": "typos", "rate": 1.0}, [r"typos: got length=8, rate=1\.0; .*0 <= rate < 1"]),
+        ({"fn": "typos", "rate": -0.1}, [r"rate=-0\.1; .*0 <= rate < 1"]),
+        ({"fn": "typos", "rate": float("nan")}, ["rate=nan; .*0 <= rate < 1"]),
+        ({"fn": "typos", "rate": "0.1"}, ["task.rate: expected a valid number; got '0.1'"]),
+        ({"fn": "typos", "length": 0}, ["typos: got length=0.*length >= 1"]),
         ({"fn": "data"}, ["task: data raised TypeError.*path"]),
         ({"fn": "data", "path": "/nowhere/x.jsonl"}, ["/nowhere/x.jsonl: no such file or folder"]),
         ({"fn": "/nowhere/x.py:make"}, ["task.fn.*no file /nowhere/x.py"]),

@@ -8,10 +8,20 @@ task: {fn: "my_task.py:make", size: 3}                        your own function
 from collections.abc import Callable
 
 from rl_backspace.tasks.arithmetic import arithmetic
+from rl_backspace.tasks.countdown import countdown
 from rl_backspace.tasks.data import data
 from rl_backspace.tasks.signs import signs
+from rl_backspace.tasks.sudoku import sudoku
 from rl_backspace.tasks.task import Row, Task, split_of
+from rl_backspace.tasks.typos import typos
 
-BUNDLED: dict[str, Callable[..., Task]] = {"signs": signs, "arithmetic": arithmetic, "data": data}
+BUNDLED: dict[str, Callable[..., Task]] = {
+    "signs": signs,
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "sudoku": sudoku,
+    "typos": typos,
+    "data": data,
+}
 
-__all__ = ["BUNDLED", "Row", "Task", "arithmetic", "data", "signs", "split_of"]
+__all__ = ["BUNDLED", "Row", "Task", "arithmetic", "countdown", "data", "signs", "split_of", "sudoku", "typos"]

@@ -31,12 +31,16 @@ class Task:
         correct: (row, visible text) -> whether it is a right answer. Default: equal to the reference.
         alive: (row, visible text) -> whether the text can still become a right answer. Where only the
             reference is known (the default), the first deviation from it is the error.
+        typo_rate: share of typed tokens that the keyboard swaps for another one (`keyboard`).
+        ceiling: highest accuracy that a policy can have without deleting, where that is known.
     """
 
     train: list[Row]
     test: list[Row]
     correct: Callable[[Row, str], bool] = _equals_reference
     alive: Callable[[Row, str], bool] = _starts_reference
+    typo_rate: float = 0.0
+    ceiling: float | None = None
 
 
 def split_of(prompt: str) -> str:

@@ -1,0 +1,141 @@
+"""The delete token as a detector of errors: is it pressed where, and only where, something is wrong?
+
+A state is *wrong* when its visible text can no longer become a right answer; its *age* is how many tokens were
+typed since it could. What is measured is the probability of a delete in states of held-out prompts: those of
+corrections from each source, and those that the policy gets into by itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rl_backspace.corrections import FROM_MODEL, SOURCES, Corrector, Source
+from rl_backspace.expert import Expert
+from rl_backspace.pool import CHUNK, Asker, Entry
+from rl_backspace.scoring import batched, distributions, pack
+from rl_backspace.semantics import Machine
+from rl_backspace.tasks import Row
+
+OLDEST = 3  # errors of this age and older are counted together
+
+
+@dataclass(frozen=True)
+class State:
+    """One state in which a delete was legal.
+
+    Attributes:
+        probability: of all delete tokens together.
+        pressed: whether greedy decoding would delete.
+        age: tokens typed since the answer could still come right, the wrong one included; 0: it still can.
+    """
+
+    probability: float
+    pressed: bool
+    age: int
+
+
+def diagnose(asker: Asker, corrector: Corrector, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    """The detector's measures (`summarise`) for each source of errors, on held-out rows; the same ones each time."""
+    prompts = asker.policy.encode([row["prompt"] for row in rows])
+    asker.generator.manual_seed(seed)
+    found: dict[str, Any] = {}
+    for source in SOURCES:
+        rng = random.Random(f"{seed}/{source}")
+        entries = asker.ask(source, rows, prompts) if source in FROM_MODEL else None
+        if entries is None:
+            entries = [Entry(prompt, asker.teacher.expert(row)) for row, prompt in zip(rows, prompts, strict=True)]
+        traces = list(_traces(corrector, source, entries, asker.group, rng))
+        found[source] = summarise(observe(asker, traces))
+    return found
+
+
+def _traces(
+    corrector: Corrector, source: Source, entries: list[Entry], group: int, rng: random.Random
+) -> Iterator[tuple[Entry, list[int]]]:
+    for entry in entries:
+        if source == "rollouts":
+            yield from ((entry, actions) for actions in entry.attempts)
+        else:
+            for _ in range(group):
+                yield entry, corrector.make(entry.expert, source, rng, entry.attempts).actions
+
+
+@torch.no_grad()
+def observe(asker: Asker, traces: Sequence[tuple[Entry, list[int]]]) -> list[State]:
+    """The states of some traces in which a delete was legal, with the policy's probability of one."""
+    model, rules, budget = asker.policy.model, asker.policy.rules, asker.teacher.budget
+    deletes = torch.tensor(sorted(rules.deletes), device=asker.engine.backbone.device)
+    was_training = model.training
+    model.eval()
+    states = []
+    for first in range(0, len(traces), CHUNK):
+        chunk = traces[first : first + CHUNK]
+        prompts, actions = [entry.prompt for entry, _ in chunk], [trace for _, trace in chunk]
+        ids, real = batched(prompts, actions, asker.policy.tokenizer.pad_token_id)
+        packed = pack(ids.to(deletes.device), real, max(map(len, actions)), rules, budget)
+        logprobs = distributions(model, packed)
+        probabilities = logprobs[:, deletes].exp().sum(-1)[packed.choices].tolist()
+        pressed = torch.isin(logprobs.argmax(-1), deletes)[packed.choices].tolist()
+        for i, (entry, trace) in enumerate(chunk):
+            for step, age in enumerate(ages(entry.expert, trace)):
+                if age is not None:
+                    states.append(State(probabilities[i][step], pressed[i][step], age))
+    model.train(was_training)
+    return states
+
+
+def ages(expert: Expert, trace: Sequence[int]) -> list[int | None]:
+    """For each action of a trace, the age of the error in the state it was chosen in; None: no delete was legal."""
+    machine = Machine(expert.teacher.rules, expert.teacher.budget)
+    found: list[int | None] = []
+    for action in trace:
+        if set(machine.illegal()).issuperset(expert.teacher.rules.deletes):
+            found.append(None)
+        else:
+            error = expert.first_error(machine.visible)
+            found.append(0 if error is None else len(machine.visible) - error)
+        machine.step(action)
+    return found
+
+
+def summarise(states: Sequence[State]) -> dict[str, Any]:
+    """How well delete tells wrong states from right ones; None where there are no states to tell it by.
+
+    `p_delete_wrong`, `p_delete_right`: mean probability of a delete. `precision`, `recall`: of greedy decoding's
+    deletes. `auc`: chance that a wrong state has a higher probability of a delete than a right one. `by_age`:
+    `p_delete_wrong` by how many tokens ago the error happened. `wrong`, `right`: how many states.
+    """
+    wrong, right = [s for s in states if s.age], [s for s in states if not s.age]
+    caught = sum(state.pressed for state in wrong)
+    pressed = caught + sum(state.pressed for state in right)
+    by_age: dict[str, list[float]] = {}
+    for state in sorted(wrong, key=lambda state: state.age):
+        by_age.setdefault(f"{state.age}" if state.age < OLDEST else f"{OLDEST}+", []).append(state.probability)
+    return {
+        "p_delete_wrong": _mean([state.probability for state in wrong]),
+        "p_delete_right": _mean([state.probability for state in right]),
+        "precision": caught / pressed if pressed else None,
+        "recall": caught / len(wrong) if wrong else None,
+        "auc": _auc([state.probability for state in wrong], [state.probability for state in right]),
+        "by_age": {age: _mean(probabilities) for age, probabilities in by_age.items()},
+        "wrong": len(wrong),
+        "right": len(right),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _auc(wrong: Sequence[float], right: Sequence[float]) -> float | None:
+    """Area under the curve of true against false alarms: the Mann-Whitney statistic, as a share."""
+    from scipy.stats import mannwhitneyu
+
+    if not wrong or not right:
+        return None
+    return float(mannwhitneyu(wrong, right, method="asymptotic").statistic) / (len(wrong) * len(right))

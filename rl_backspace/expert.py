@@ -1,0 +1,150 @@
+"""What a flawless typist would do in any state of a rollout: the teacher of corrections.
+
+Where the task can tell whether a prefix can still come right (`Task.alive`), that decides; where only the
+reference answer is known, the first deviation from it is the error. Asking the expert in states that the policy
+itself got into is DAgger (Ross et al. 2011, arXiv:1011.0686). Pure Python, no torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from rl_backspace.semantics import Budget, Machine, Rules
+from rl_backspace.tasks import Row, Task
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the experts of all rows share.
+
+    Args:
+        task: its `alive` and `correct` tell an error from another right way.
+        tokens: text -> token ids.
+        text: visible token ids -> text.
+        alphabet: token ids that answers are made of, without the one that ends them.
+        eos: the token id that ends an answer.
+    """
+
+    task: Task
+    rules: Rules
+    budget: Budget
+    tokens: Callable[[str], Sequence[int]]
+    text: Callable[[list[int]], str]
+    alphabet: Sequence[int]
+    eos: int
+
+    def expert(self, row: Row) -> Expert:
+        return Expert(self, row)
+
+
+class Expert:
+    """Knows one row. What it finds out it remembers: the same few states are asked about again and again.
+
+    Attributes:
+        gold: the reference answer, the end-of-sequence token included.
+    """
+
+    def __init__(self, teacher: Teacher, row: Row):
+        self.teacher, self.row = teacher, row
+        self.gold = [*teacher.tokens(row["answer"]), teacher.eos]
+        self._alive: dict[tuple[int, ...], bool] = {}
+
+    def alive(self, visible: Sequence[int]) -> bool:
+        """Whether an answer that starts like this can still come right."""
+        key = tuple(visible)
+        if key not in self._alive:
+            reference = list(key) == self.gold[: len(key)]
+            self._alive[key] = reference or self.teacher.task.alive(self.row, self.teacher.text(list(key)))
+        return self._alive[key]
+
+    def right(self, visible: Sequence[int], token: int) -> bool:
+        """Whether typing this token after an alive prefix keeps it alive or ends it well."""
+        if token in self.teacher.rules.eos:
+            return self.teacher.task.correct(self.row, self.teacher.text(list(visible)))
+        return token not in self.teacher.rules.deletes and self.alive([*visible, token])
+
+    def first_error(self, attempt: Sequence[int]) -> int | None:
+        """Index of the first token that leaves nothing alive, None if there is none before the answer ends."""
+        for index, token in enumerate(attempt):
+            if token in self.teacher.rules.eos or token in self.teacher.rules.deletes:
+                return None
+            if not self.alive(attempt[: index + 1]):
+                return index
+        return None
+
+    def next(self, visible: Sequence[int], rng: random.Random, illegal: Collection[int] = ()) -> int | None:
+        """A right token to type after an alive prefix: the reference's if it fits, else any; None if there is none."""
+        here = list(visible)
+        if here == self.gold[: len(here)] and len(here) < len(self.gold) and self.gold[len(here)] not in illegal:
+            return self.gold[len(here)]
+        text = self.teacher.text(here)
+        if self.teacher.task.correct(self.row, text):
+            return self.teacher.eos
+        answer = self.row["answer"]
+        if answer.startswith(text):  # the reference, in tokens of another cut
+            rest = self.teacher.tokens(answer[len(text) :])
+            if rest and rest[0] not in illegal and self.alive([*here, rest[0]]):
+                return rest[0]
+        alphabet = self.teacher.alphabet
+        for token in rng.sample(alphabet, len(alphabet)):
+            if token not in illegal and self.alive([*here, token]):
+                return token
+        return None
+
+    def complete(self, visible: Sequence[int], rng: random.Random) -> list[int] | None:
+        """Right tokens up to the end of the answer, None where the task leads nowhere or the budget ends before."""
+        out = list(visible)
+        while len(out) < self.teacher.budget.answer:
+            token = self.next(out, rng)
+            if token is None:
+                return None
+            out.append(token)
+            if token == self.teacher.eos:
+                return out[len(visible) :]
+        return None
+
+    def act(self, machine: Machine, own: int, rng: random.Random) -> int | None:
+        """The action to learn in this state, None where nothing helps.
+
+        Args:
+            own: what the policy did; it stands where it is as good as any.
+        """
+        illegal = set(machine.illegal())
+        if self.alive(machine.visible):
+            if own not in illegal and self.right(machine.visible, own):
+                return own
+            token = self.next(machine.visible, rng, illegal)
+            if token is not None:
+                return token
+        if illegal.issuperset(self.teacher.rules.deletes):
+            return None
+        depth = self._way_back(machine, rng)
+        if depth is None:
+            return None
+        return self.press(machine, depth)
+
+    def _way_back(self, machine: Machine, rng: random.Random) -> int | None:
+        """The deepest place to go back to from which something right is still to be typed."""
+        ban = self.teacher.rules.retry == "ban"
+        for depth in range(len(machine.visible) - 1, -1, -1):
+            gone = {*machine.tried[depth], machine.visible[depth]} if ban else ()
+            if self.alive(machine.visible[:depth]) and self.next(machine.visible[:depth], rng, gone) is not None:
+                return depth
+        return None
+
+    def press(self, machine: Machine, depth: int) -> int:
+        """The delete that takes most without going behind `depth`; failing that, the one that takes least."""
+        targets = {token: machine.target(unit) for token, unit in self.teacher.rules.deletes.items()}
+        within = {token: target for token, target in targets.items() if target >= depth}
+        return min(within, key=within.__getitem__) if within else max(targets, key=targets.__getitem__)
+
+    def take_back(self, right: Sequence[int], wrong: Sequence[int]) -> tuple[list[int], int]:
+        """The deletes that take back all that is wrong, and how many tokens they leave."""
+        machine = Machine(self.teacher.rules, self.teacher.budget, visible=[*right, *wrong])
+        presses = []
+        while len(machine.visible) > len(right):
+            presses.append(self.press(machine, len(right)))
+            del machine.visible[machine.target(self.teacher.rules.deletes[presses[-1]]) :]
+        return presses, len(machine.visible)

@@ -1,0 +1,117 @@
+"""What the model itself does on some prompts: the raw material of the corrections that are made from its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rl_backspace.config import Warmup
+from rl_backspace.corrections import Source
+from rl_backspace.engine import Engine, Sampling
+from rl_backspace.expert import Expert, Teacher
+from rl_backspace.policy import Policy
+from rl_backspace.scoring import batched, distributions, pack
+from rl_backspace.tasks import Row
+
+CHUNK = 32  # answers scored at once: each takes a distribution over the whole vocabulary for every token
+LIKELIEST = 16  # a wrong token that is less likely than so many others tempts nobody
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prompt, the expert of its row, and what the model did: answers that may go wrong, or whole rollouts."""
+
+    prompt: list[int]
+    expert: Expert
+    attempts: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks the policy as it is now.
+
+    Args:
+        config: `temperature` of samples, the `entropy` above which a choice is uncertain, `late`.
+        group: samples or rollouts of each prompt.
+    """
+
+    policy: Policy
+    teacher: Teacher
+    engine: Engine
+    config: Warmup
+    group: int
+    generator: torch.Generator
+
+    def ask(self, source: Source, rows: Sequence[Row], prompts: Sequence[list[int]]) -> list[Entry]:
+        """An entry for each prompt that the source has something for; prompts are token ids."""
+        entries = [Entry(prompt, self.teacher.expert(row)) for row, prompt in zip(rows, prompts, strict=True)]
+        if source == "rollouts":
+            self._roll_out(entries)
+            return entries
+        if source == "samples":
+            self._sample(entries)
+        elif source == "uncertain":
+            self._tempt(entries)
+        return [entry for entry in entries if any(entry.expert.first_error(a) is not None for a in entry.attempts)]
+
+    def _roll_out(self, entries: list[Entry]) -> None:
+        asked = [entry for entry in entries for _ in range(self.group)]
+        rollouts = self.engine.run([entry.prompt for entry in asked], self.teacher.budget, generator=self.generator)
+        for entry, rollout in zip(asked, rollouts, strict=True):
+            entry.attempts.append(rollout.actions)
+
+    def _sample(self, entries: list[Entry]) -> None:
+        asked = [entry for entry in entries for _ in range(self.group)]
+        blocked, sampling = replace(self.teacher.budget, deletes=0), Sampling(self.config.temperature)
+        rollouts = self.engine.run([entry.prompt for entry in asked], blocked, sampling, self.generator)
+        for entry, rollout in zip(asked, rollouts, strict=True):
+            entry.attempts.append(rollout.visible)
+
+    def _tempt(self, entries: list[Entry]) -> None:
+        """Along each reference answer, the likeliest wrong token where entropy is high, and how it would go on."""
+        begun = []
+        for first in range(0, len(entries), CHUNK):
+            chunk = entries[first : first + CHUNK]
+            for entry, places in zip(chunk, self._uncertain(chunk), strict=True):
+                begun += [(entry, [*entry.expert.gold[:depth], wrong]) for depth, wrong in places]
+        room = replace(self.teacher.budget, answer=self.config.late, actions=None, deletes=0)
+        going_on = [entry.prompt + attempt for entry, attempt in begun]
+        sampling = Sampling(self.config.temperature)
+        rest = self.engine.run(going_on, room, sampling, self.generator) if self.config.late else []
+        for i, (entry, attempt) in enumerate(begun):
+            entry.attempts.append([*attempt, *(rest[i].visible if rest else [])])
+
+    @torch.no_grad()
+    def _uncertain(self, entries: list[Entry]) -> Iterator[list[tuple[int, int]]]:
+        """For each entry, the depths at which the model's choice is uncertain, each with the likeliest wrong token."""
+        model, rules = self.policy.model, self.policy.rules
+        answers = [entry.expert.gold for entry in entries]
+        ids, real = batched([entry.prompt for entry in entries], answers, self.policy.tokenizer.pad_token_id)
+        steps = max(map(len, answers))
+        packed = pack(ids.to(self.engine.backbone.device), real, steps, rules, replace(self.teacher.budget, deletes=0))
+        was_training = model.training
+        model.eval()
+        logprobs = distributions(model, packed)
+        model.train(was_training)
+        entropies = entropy(logprobs)[packed.choices].tolist()
+        likeliest = logprobs.topk(min(LIKELIEST, logprobs.shape[-1])).indices[packed.choices].tolist()
+        for entry, answer, found, tokens in zip(entries, answers, entropies, likeliest, strict=True):
+            places = []
+            for depth in range(len(answer)):
+                if found[depth] > self.config.entropy:
+                    wrong = (t for t in tokens[depth] if self._is_wrong(entry.expert, answer[:depth], t))
+                    places += [(depth, token) for token in wrong][:1]
+            yield places
+
+    def _is_wrong(self, expert: Expert, right: list[int], token: int) -> bool:
+        """Whether a token can be typed here by mistake: it leaves nothing alive, and a delete can still follow."""
+        rules = self.policy.rules
+        return token not in rules.eos and token not in rules.deletes and not expert.alive([*right, token])
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropies (n,) in nats of log-probabilities (n, V), some of which may be -inf."""
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
