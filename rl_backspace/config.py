@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from rl_backspace.corrections import Source
+from rl_backspace.corrections import SOURCES, Source
 from rl_backspace.errors import UserError, nearest
 from rl_backspace.semantics import Memory, Retry
 
@@ -416,6 +416,12 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
     warmup = _part(Warmup, content.get("warmup", {}))
     if warmup is not None and warmup.steps == 0 and not rl:
         problems.append("trainer.max_steps: 0, and warmup.steps is 0 too: nothing to train; give one of them steps")
+    warmup = content.get("warmup")
+    sources = _part(dict[str, float], warmup.get("sources")) if isinstance(warmup, dict) else None
+    if sources is not None and not any(sources.values()):
+        problems.append(
+            f"warmup.sources: the weights {sources} sum to nothing; give one of {', '.join(SOURCES)} a weight above 0"
+        )
     delete = _part(Delete, content.get("delete", {}))
     if delete is not None and delete.budget is not None and type(answer) is int and delete.budget < answer:
         problems.append(

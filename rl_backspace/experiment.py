@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from rl_backspace.config import Config
+from rl_backspace.corrections import FROM_MODEL
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.folder import refuse_existing
@@ -86,6 +87,8 @@ def prepare(config: Config, out: Path | None) -> Experiment:
     attempt(_check_wandb, config)
     if args is not None:
         attempt(_check_reference, config, args)
+        if warmup_args is not None and config.warmup.steps:
+            attempt(_check_precision, warmup_args, args)
     task = attempt(load_task, config.task.model_dump(), config.seed)
     policy = attempt(create, config.model, config.delete, config.lora, config.seed)
     engine: Any = None
@@ -102,6 +105,7 @@ def prepare(config: Config, out: Path | None) -> Experiment:
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
     _check_rows(experiment, engine)
     _check_task(task)
+    _check_sources(config, task)
     keyboard_of(task, policy)  # refuses a task that no keyboard can be made for
     if args.max_steps:  # 0: no RL, and for nothing else do these matter
         _check_prompts(experiment)
@@ -133,13 +137,27 @@ def _checkpoints(out: Path | None) -> str | None:
 
 
 def warmup_config(config: Config, out: Path | None) -> TrainingArguments:
-    """transformers' config of the warm-up; its own refusals become one line."""
-    fields = {**WARMUP_DEFAULTS, **config.warmup.trainer}
+    """transformers' config of the warm-up; its own refusals become one line.
+
+    Its precision is RL's: accelerate sets that once for the whole process.
+    """
+    precision: dict[str, Any] = {key: config.trainer[key] for key in ("bf16", "fp16") if key in config.trainer}
+    fields: dict[str, Any] = {**WARMUP_DEFAULTS, **precision, **config.warmup.trainer}
     steps = max(1, config.warmup.steps)
     try:
         return TrainingArguments(output_dir=_checkpoints(out), max_steps=steps, seed=config.seed, **fields)
     except REFUSALS as error:
         raise UserError(f"warmup.trainer: {one_line(error)}") from error
+
+
+def _check_precision(warmup: TrainingArguments, rl: GRPOConfig) -> None:
+    for key in ("bf16", "fp16"):
+        ours, theirs = getattr(warmup, key), getattr(rl, key)
+        if ours != theirs and rl.max_steps:
+            raise UserError(
+                f"warmup.trainer.{key}: got {ours}, but trainer.{key} is {theirs}; one run has one precision: "
+                "set it in trainer alone"
+            )
 
 
 def _check_optimizer(args: TrainingArguments, model: nn.Module, name: str) -> None:
@@ -216,6 +234,17 @@ def _check_task(task: Task) -> None:
     for row in task.train[:4] + task.test[:4]:
         task.correct(row, row["answer"])
         task.alive(row, row["answer"])
+
+
+def _check_sources(config: Config, task: Task) -> None:
+    """The model's own answers can only be labelled where an error can be told from another right answer."""
+    asked = [source for source in FROM_MODEL if config.warmup.sources.get(source)]
+    if asked and config.warmup.steps and config.warmup.clean < 1 and not task.tells_errors:
+        raise UserError(
+            f"warmup.sources: {', '.join(asked)} cannot be labelled: task {config.task.fn!r} has its own `correct`, "
+            "so several answers may be right, but no `alive` that tells which prefixes still can be; "
+            "give it one, or set warmup.sources to {random: 1, early: 1}"
+        )
 
 
 def _check_terms(experiment: Experiment) -> None:

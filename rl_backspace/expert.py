@@ -8,7 +8,7 @@ itself got into is DAgger (Ross et al. 2011, arXiv:1011.0686). Pure Python, no t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rl_backspace.semantics import Budget, Machine, Rules
@@ -120,31 +120,27 @@ class Expert:
                 return token
         if illegal.issuperset(self.teacher.rules.deletes):
             return None
-        depth = self._way_back(machine, rng)
-        if depth is None:
-            return None
-        return self.press(machine, depth)
-
-    def _way_back(self, machine: Machine, rng: random.Random) -> int | None:
-        """The deepest place to go back to from which something right is still to be typed."""
         ban = self.teacher.rules.retry == "ban"
-        for depth in range(len(machine.visible) - 1, -1, -1):
+        for depth, presses in self._ways_back(machine.visible):
             gone = {*machine.tried[depth], machine.visible[depth]} if ban else ()
             if self.alive(machine.visible[:depth]) and self.next(machine.visible[:depth], rng, gone) is not None:
-                return depth
+                return presses[0]
         return None
-
-    def press(self, machine: Machine, depth: int) -> int:
-        """The delete that takes most without going behind `depth`; failing that, the one that takes least."""
-        targets = {token: machine.target(unit) for token, unit in self.teacher.rules.deletes.items()}
-        within = {token: target for token, target in targets.items() if target >= depth}
-        return min(within, key=within.__getitem__) if within else max(targets, key=targets.__getitem__)
 
     def take_back(self, right: Sequence[int], wrong: Sequence[int]) -> tuple[list[int], int]:
         """The deletes that take back all that is wrong, and how many tokens they leave."""
-        machine = Machine(self.teacher.rules, self.teacher.budget, visible=[*right, *wrong])
-        presses = []
-        while len(machine.visible) > len(right):
-            presses.append(self.press(machine, len(right)))
-            del machine.visible[machine.target(self.teacher.rules.deletes[presses[-1]]) :]
-        return presses, len(machine.visible)
+        ways = self._ways_back([*right, *wrong])
+        return next((presses, depth) for depth, presses in ways if depth <= len(right))
+
+    def _ways_back(self, visible: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Every depth that deletes can go back to, the deepest first, and the fewest of them that do."""
+        machine = Machine(self.teacher.rules, self.teacher.budget, visible=list(visible))
+        ways: dict[int, list[int]] = {len(visible): []}
+        for length in range(len(visible), 0, -1):
+            if length in ways:
+                del machine.visible[length:]
+                for token, unit in self.teacher.rules.deletes.items():
+                    way, target = [*ways[length], token], machine.target(unit)
+                    ways[target] = min(ways.get(target, way), way, key=len)
+            if length - 1 in ways:
+                yield length - 1, ways[length - 1]

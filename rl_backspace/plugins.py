@@ -163,7 +163,8 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
     train, test = ([{column: row.get(column) for column in columns} for row in rows] for rows in (train, test))
     functions: dict[str, Any] = {}
     if fn not in BUNDLED:
-        functions = {name: Guarded(getattr(task, name), name, fn) for name in ("correct", "alive")}
+        own = [name for name in ("correct", "alive") if getattr(task, name) is not getattr(Task, name)]
+        functions = {name: Guarded(getattr(task, name), name, fn) for name in own}
     return dataclasses.replace(task, train=train, test=test, **functions)
 
 

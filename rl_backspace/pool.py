@@ -77,12 +77,15 @@ class Asker:
             chunk = entries[first : first + CHUNK]
             for entry, places in zip(chunk, self._uncertain(chunk), strict=True):
                 begun += [(entry, [*entry.expert.gold[:depth], wrong]) for depth, wrong in places]
-        room = replace(self.teacher.budget, answer=self.config.late, actions=None, deletes=0)
-        going_on = [entry.prompt + attempt for entry, attempt in begun]
-        sampling = Sampling(self.config.temperature)
-        rest = self.engine.run(going_on, room, sampling, self.generator) if self.config.late else []
-        for i, (entry, attempt) in enumerate(begun):
-            entry.attempts.append([*attempt, *(rest[i].visible if rest else [])])
+        for entry, attempt in begun:
+            entry.attempts.append(attempt)
+        late, most = self.config.late, self.engine.backbone.max_length
+        going_on = [(e.prompt, a) for e, a in begun if len(e.prompt) + len(a) + late <= most] if late else []
+        room = replace(self.teacher.budget, answer=late, actions=None, deletes=0)
+        asked, sampling = [prompt + attempt for prompt, attempt in going_on], Sampling(self.config.temperature)
+        rollouts = self.engine.run(asked, room, sampling, self.generator)
+        for (_, attempt), rollout in zip(going_on, rollouts, strict=True):
+            attempt += rollout.visible
 
     @torch.no_grad()
     def _uncertain(self, entries: list[Entry]) -> Iterator[list[tuple[int, int]]]:

@@ -83,7 +83,10 @@ class Corrections(Dataset):
 
 
 class WarmupTrainer(Trainer):
-    """transformers' Trainer with the loss of corrections: the mean over the actions that are learned from."""
+    """transformers' Trainer with the loss of corrections: the mean over what an example teaches, then over examples.
+
+    So a long search weighs no more than a clean answer, and the share of clean examples is their share of the loss.
+    """
 
     def __init__(
         self,
@@ -113,7 +116,9 @@ class WarmupTrainer(Trainer):
         learn = inputs["learn"]
         packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
         logprobs = score(model, replace(packed, actions=inputs["targets"]))[0]
-        loss = -logprobs[learn.bool()].mean()
+        counted = learn.sum(1)
+        per_example = -logprobs.masked_fill(~learn.bool(), 0.0).sum(1) / counted.clamp(min=1)
+        loss = per_example.sum() / counted.count_nonzero().clamp(min=1)
         return (loss, {}) if return_outputs else loss
 
 

@@ -42,6 +42,11 @@ class Task:
     typo_rate: float = 0.0
     ceiling: float | None = None
 
+    @property
+    def tells_errors(self) -> bool:
+        """Whether another right answer can be told from an error: its prefixes are checked, or there is but one."""
+        return self.alive is not _starts_reference or self.correct is _equals_reference
+
 
 def split_of(prompt: str) -> str:
     """`test` for one prompt in ten, by its hash: the same for every seed, so that no base model,
