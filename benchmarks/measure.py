@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Side = Callable[[], int]
-"""Does some work and says how much, in the case's unit (actions)."""
+"""Does some work and says how much, in the case's unit (actions, learned tokens)."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.models import DELETE, PAD
+from rl_backspace.corrections import Correction
 
 
 def generate(model: PreTrainedModel, prompts: Tensor, answer: int) -> Tensor:
@@ -85,3 +87,77 @@ def score_prefixes(
                 chosen.sum().backward()
         out[torch.tensor(part)] = chosen.detach()
     return out
+
+
+@dataclass
+class Branch:
+    """A plain sequence and what is learned in it.
+
+    Attributes:
+        ids: the prompt and what stands behind it, a context that is the prefix of no other one.
+        weight: of each target, so that those of a correction weigh 1 together.
+        labels: index into `ids` of the token that it is chosen after, target, token ids that are illegal there.
+    """
+
+    ids: list[int]
+    weight: float
+    labels: list[tuple[int, int, list[int]]] = field(default_factory=list)
+
+
+def branches(prompt: list[int], correction: Correction, actions: int) -> list[Branch]:
+    """A correction as plain sequences: as few as hold all contexts in which it learns, each target in one of them.
+
+    Deletes take one token, which may not be typed there again; one is illegal after the bare prompt and as the last
+    of a budget of `actions`.
+    """
+    visible: list[int] = []
+    tried: list[list[int]] = [[]]
+    learned: list[tuple[list[int], int, list[int]]] = []
+    for step, (action, target) in enumerate(zip(correction.actions, correction.targets, strict=True)):
+        if correction.learn[step]:
+            must_type = not visible or step + 1 == actions
+            learned.append((prompt + visible, target, tried[-1] + [DELETE] * must_type))
+        if action == DELETE:
+            tried.pop()
+            tried[-1].append(visible.pop())
+        else:
+            visible.append(action)
+            tried.append([])
+    out: list[Branch] = []
+    for context, target, illegal in sorted(learned, key=lambda choice: len(choice[0]), reverse=True):
+        branch = next((branch for branch in out if branch.ids[: len(context)] == context), None)
+        if branch is None:
+            branch = Branch(context, 1 / len(learned))
+            out.append(branch)
+        branch.labels.append((len(context) - 1, target, illegal))
+    return out
+
+
+def score_branches(model: PreTrainedModel, sequences: list[Branch], chunk: int, grad: bool = True) -> Tensor:
+    """Log-probability of every target, sequence by sequence; gradients of the loss add up in the model.
+
+    The loss is the mean over what a correction teaches, then over corrections, as the warm-up's.
+    Sequences are sorted by length, `chunk` to a forward pass, so that little is padding. It stands on the right, where
+    causal attention does not see it, with and without a mask.
+    """
+    corrections = sum(branch.weight * len(branch.labels) for branch in sequences)
+    order = sorted(sequences, key=lambda branch: len(branch.ids))
+    out = []
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        longest = len(part[-1].ids)
+        ids = torch.tensor([branch.ids + [PAD] * (longest - len(branch.ids)) for branch in part])
+        labels = [(row, *label) for row, branch in enumerate(part) for label in branch.labels]
+        first = min(place for _, place, _, _ in labels)
+        blocked = [(i, token) for i, (*_, illegal) in enumerate(labels) for token in illegal]
+        rows, places, targets = torch.tensor([label[:3] for label in labels]).unbind(1)
+        with torch.set_grad_enabled(grad):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - first).logits[rows, places - first]
+            illegal = torch.tensor(blocked, dtype=torch.long).reshape(-1, 2).unbind(1)
+            logits = logits.float().index_put(illegal, torch.tensor(-torch.inf))
+            chosen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            if grad:
+                weights = torch.tensor([part[row].weight for row, *_ in labels])
+                (-(weights * chosen).sum() / corrections).backward()
+        out.append(chosen.detach())
+    return torch.cat(out)

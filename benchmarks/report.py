@@ -33,7 +33,8 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
     out = Table(
         title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
         f"{torch.get_num_threads()} thread(s)",
-        caption="rates: actions per second; ratio: median of the repeats'; spread: their quartiles",
+        caption="rates: actions per second, in the warm-up learned tokens; ratio: median of the repeats'; "
+        "spread: their quartiles",
     )
     for name in ("ours", "peer"):
         out.add_column(name)

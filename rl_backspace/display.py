@@ -87,11 +87,10 @@ def results_table(stages: dict[str, Any], ceiling: float | None = None) -> Table
 
 def detector_table(found: dict[str, Any]) -> Table:
     """The delete token as a detector of errors (`detector.summarise`), a row per source of errors."""
-    table = Table(title="delete as a detector of errors after the warm-up, held-out prompts, %")
+    table = Table(title="probability of a delete on held-out prompts after the warm-up, %")
     ages = list(dict.fromkeys(age for measures in found.values() for age in measures["by_age"]))
-    for column in ("errors", "P(delete | right)", "P(delete | wrong)"):
-        table.add_column(column)
-    for column in (*(f"{age} ago" for age in sorted(ages)), "precision", "recall", "AUC"):
+    table.add_column("errors")
+    for column in ("if right", "if wrong", *(f"{age} ago" for age in sorted(ages)), "precision", "recall", "AUC"):
         table.add_column(column, justify="right")
     for source, measures in found.items():
         shares = [measures["p_delete_right"], measures["p_delete_wrong"]]

@@ -50,14 +50,23 @@ class Expert:
         self.teacher, self.row = teacher, row
         self.gold = [*teacher.tokens(row["answer"]), teacher.eos]
         self._alive: dict[tuple[int, ...], bool] = {}
+        self._shown: dict[int, bool] = {}
 
     def alive(self, visible: Sequence[int]) -> bool:
         """Whether an answer that starts like this can still come right."""
         key = tuple(visible)
         if key not in self._alive:
             reference = list(key) == self.gold[: len(key)]
-            self._alive[key] = reference or self.teacher.task.alive(self.row, self.teacher.text(list(key)))
+            self._alive[key] = reference or (
+                all(map(self._is_shown, key)) and self.teacher.task.alive(self.row, self.teacher.text(list(key)))
+            )
         return self._alive[key]
+
+    def _is_shown(self, token: int) -> bool:
+        """Whether a token can be read or is the reference's; one that texts leave out would be right anywhere."""
+        if token not in self._shown:
+            self._shown[token] = token in self.gold or bool(self.teacher.text([token]))
+        return self._shown[token]
 
     def right(self, visible: Sequence[int], token: int) -> bool:
         """Whether typing this token after an alive prefix keeps it alive or ends it well."""

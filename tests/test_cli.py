@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from rl_backspace.cli import main
 from rl_backspace.config import parse, read_yaml
 from rl_backspace.policy import load
 from rl_backspace.pretrain import character_tokenizer
-from rl_backspace.semantics import Budget, replay
+from rl_backspace.semantics import Budget, Machine, Retry, Rules, Unit, replay
+from rl_backspace.tasks import signs
 
 ANSWER, ACTIONS = 5, 14
 LENGTH = "def length(completions):\n    return [float(len(text)) for text in completions]\n"
@@ -406,6 +408,152 @@ def test_chat_data_with_trls_and_an_async_reward(here: Path) -> None:
         assert f"say {trace['rewards']['level']:.0f}" == message["content"]
     answered = call("generate", "run", "say 7")
     assert answered.code == 0 and answered.out.startswith("say 7 ")
+
+
+# the corrections that a warm-up would begin with, to be read
+
+LADDER = {"random": 1, "early": 1, "samples": 1, "uncertain": 1, "rollouts": 1}
+
+
+def corrections(folder: Path, base: Path, **changes: Any) -> Path:
+    warmup = {"steps": 2, "clean": 0.2, "group": 3, "sources": LADDER}
+    return experiment(folder, base, **{**changes, "warmup": {**warmup, **changes.get("warmup", {})}})
+
+
+def assert_fields_agree(record: dict[str, Any], deletes: dict[int, Unit], retry: Retry = "ban") -> None:
+    """What is told of a correction, by its actions alone."""
+    tokenizer = character_tokenizer()
+    keys = {token: "⌫" if len(deletes) == 1 else f"⌫{unit} " for token, unit in deletes.items()}
+    keys[tokenizer.eos_token_id] = "⏎"
+
+    def read(token: int) -> str:
+        return keys.get(token) or tokenizer.decode([token]).replace("\n", "↵")
+
+    actions, targets, learn = record["actions"], record["targets"], record["learn"]
+    assert len(actions) == len(targets) == len(learn) == len(record["learned"])
+    assert record["typed"] == "".join(map(read, actions))
+    assert record["learned"] == [read(t) if learned else None for t, learned in zip(targets, learn, strict=True)]
+    machine, seen = Machine(Rules(deletes, frozenset([tokenizer.eos_token_id]), retry=retry), Budget(99, 999)), []
+    for action in actions:
+        machine.step(action)
+        seen.append(tokenizer.decode(machine.answer))
+    assert record["visible"] == seen[-1]
+    if record["source"] == "rollouts":
+        assert record["mistakes"] == []
+        return
+    assert targets == actions and machine.end == "eos"
+    assert bool(record["mistakes"]) == (record["source"] is not None) == (not all(learn))
+    assert sum(mistake["deletes"] for mistake in record["mistakes"]) == machine.deleted
+    runs = [list(run) for learned, run in itertools.groupby(range(len(learn)), learn.__getitem__) if not learned]
+    wrong = [tokenizer.decode([actions[i] for i in run]) for run in runs]
+    assert [mistake["wrong"] for mistake in record["mistakes"]] == wrong
+    for mistake in record["mistakes"]:
+        assert mistake["after"] + mistake["wrong"] in seen
+        assert mistake["after"] + mistake["right"] == record["visible"]
+
+
+@pytest.mark.parametrize("tokens", [{"<|delete|>": "token"}, {"<|delete|>": 2, "<|clear|>": "answer"}])
+def test_corrections_are_written_as_lines_that_say_what_they_are(
+    tokens: dict[str, Unit], here: Path, base: Path
+) -> None:
+    path = corrections(here, base, delete={"tokens": Replace(tokens)})
+    before = set(tree(here))
+    result = call("corrections", path, "--count", 40, "--out", "made.jsonl")
+    assert (result.code, result.out) == (0, "")
+    assert "120 corrections of 40 prompts written to made.jsonl" in result.err
+    assert set(tree(here)) == {*before, str(here / "made.jsonl")}
+    records = lines(here / "made.jsonl")
+    assert len(records) == 120
+    assert {record["source"] for record in records} == {None, *LADDER}
+    task = signs(3, train=60, test=8)
+    answers = {row["prompt"]: row for row in task.train}
+    for record in records:
+        row = answers[record["prompt"]]  # a train prompt
+        assert record["answer"] == row["answer"]
+        assert_fields_agree(record, dict(enumerate((tokens[name] for name in sorted(tokens)), CHARACTERS)))
+        if record["source"] != "rollouts":
+            assert task.correct(row, record["visible"])
+            for mistake in record["mistakes"]:
+                assert task.alive(row, mistake["after"])
+                assert not task.alive(row, mistake["after"] + mistake["wrong"])
+    groups = [{record["prompt"] for record in records[i : i + 3]} for i in range(0, 120, 3)]
+    assert all(len(group) == 1 for group in groups)
+
+
+def test_corrections_are_printed_with_what_is_learned_below(here: Path, base: Path) -> None:
+    path = corrections(here, base)
+    before = tree(here)
+    result = call("corrections", path, "--count", 8)
+    assert result.code == 0 and tree(here) == before
+    *printed, _, _ = result.out.splitlines()  # the last two say how to read them
+    call("corrections", path, "--count", 8, "--out", "made.jsonl")
+    records = lines(here / "made.jsonl")
+    assert len(printed) == 2 * len(records) == 48
+    for typed, learned, record in zip(printed[::2], printed[1::2], records, strict=True):
+        assert typed == f"{record['prompt']} {record['typed']}"
+        marks, source = learned[: len(typed)], learned[len(typed) :].strip()
+        assert source == (record["source"] or "no error")
+        told = zip(record["learned"], record["actions"], record["targets"], strict=True)
+        expected = ["." if text is None else "^" if action == target else text for text, action, target in told]
+        assert marks == " " * (len(record["prompt"]) + 1) + "".join(expected)
+
+
+def test_the_same_seed_gives_the_same_corrections(here: Path, base: Path) -> None:
+    path = corrections(here, base)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert call("corrections", path, "--count", 5, "--out", name, f"seed={seed}").code == 0
+    assert (here / "a").read_bytes() == (here / "b").read_bytes() != (here / "c").read_bytes()
+    clean = call("corrections", path, "--count", 2, "warmup.clean=1.0", "--warmup.group=2")
+    assert clean.out.count("no error") == 4
+
+
+def test_corrections_of_your_own_data(here: Path, base: Path) -> None:
+    """Of one right answer, line by line, whose columns have names of their own."""
+    rows = [{"q": f"{i}?", "a": f"{i}\n{i * i}", "level": i} for i in range(1, 40)]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = corrections(
+        here,
+        base,
+        task=Replace(fn="data", path="mine.jsonl", prompt="q", answer="a"),
+        delete={"tokens": Replace({"<|delete|>": "line"}), "retry": "free", "budget": 40},
+        trainer={"max_completion_length": 12},
+    )
+    assert call("corrections", path, "--count", 12, "--out", "made.jsonl").code == 0
+    records, answers = lines(here / "made.jsonl"), {row["q"]: row["a"] for row in rows}
+    assert {None, "random", "samples"} <= {record["source"] for record in records}
+    for record in records:
+        assert record["answer"] == answers[record["prompt"]]
+        assert "\n" not in record["typed"]
+        if record["source"] != "rollouts":
+            assert record["visible"] == record["answer"]
+    assert any("↵" in record["typed"] for record in records)
+    printed = call("corrections", path, "--count", 12).out.splitlines()
+    assert len(printed) == 2 * len(records) + 2  # a line of an answer is no line here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{config}", "--out", "experiment.yaml"], "experiment.yaml: already there"),
+        (["{config}", "--out", "."], ".: already there"),
+        (["{config}", "--out", "nowhere/made.jsonl"], "nowhere/made.jsonl: there is no folder nowhere"),
+        (["{config}", "--count", "0"], "--count"),
+        (["{config}", "--cuont=3"], "cuont: unknown key"),
+        (["{config}", "seed=zero"], "seed: expected a valid integer"),
+        (["{config}", "warmup.sources={{}}"], "warmup.sources"),
+        (["{config}", "warmup.sources.sample=1"], "warmup.sources"),
+        (["{config}", "model=./nowhere"], "model: './nowhere' is no folder"),
+        (["{config}", "trainer.max_completion_length=2"], "task: the answer"),
+        (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        ([], "CONFIG"),
+    ],
+)
+def test_corrections_that_cannot_be_made_are_one_clear_line(
+    arguments: list[str], said: str, here: Path, base: Path
+) -> None:
+    path = corrections(here, base)
+    (error,) = assert_refused(here, "corrections", *(argument.format(config=path) for argument in arguments))
+    assert said in error
 
 
 # bad input to `train`

@@ -95,6 +95,20 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
         ({"wandb": True}, "wandb: expected a block of keys; got True (bool)"),
         ({"rewards": {}}, "rewards: expected at least one entry; got {} (dict)"),
         ({"warmup": {"clean": 1.5}}, "warmup.clean: expected a number less than or equal to 1; got 1.5 (float)"),
+        (
+            {"warmup": {"sources": {"samples": -1}}},
+            "warmup.sources.samples: expected a number greater than or equal to 0; got -1 (int)",
+        ),
+        (
+            {"warmup": {"sources": {"randm": 1}}},
+            "warmup.sources.randm: expected 'random', 'early', 'samples', 'uncertain' or 'rollouts'; got 'randm' (str)",
+        ),
+        (
+            {"warmup": {"sources": {"random": 0, "early": 0}}},
+            "warmup.sources: the weights {'random': 0.0, 'early': 0.0} sum to nothing; give one of random, early, "
+            "samples, uncertain, rollouts a weight above 0",
+        ),
+        ({"warmup": {"temperature": 0}}, "warmup.temperature: expected a number greater than 0; got 0 (int)"),
         ({"delete": {"memory": "forget"}}, "delete.memory: expected 'erase', 'keep' or 'hint'; got 'forget' (str)"),
         ({"lora": {"target_modules": ["q", 3]}}, "lora.target_modules.1: expected a valid string; got 3 (int)"),
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),

@@ -13,7 +13,17 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rl_backspace.display import console, results_table, strike
+from rl_backspace.corrections import Correction, Mistake
+from rl_backspace.detector import State, summarise
+from rl_backspace.display import (
+    console,
+    correction_lines,
+    correction_record,
+    detector_table,
+    results_table,
+    strike,
+    token_text,
+)
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.semantics import Budget, Machine, Memory, Retry, Rules, Unit
 
@@ -139,3 +149,96 @@ def test_the_table_has_a_row_for_each_stage_and_token() -> None:
         ["after", "allowed", "80.0", "70.0–90.0", "90.0", "80.0–100.0", "0.25", "2.00"],
         ["after", "blocked", "50.0", "40.0–60.0", "60.0", "50.0–70.0", "0.00", "0.00"],
     ]
+
+
+def correction(trace: str, learned: str, *mistakes: Mistake) -> Correction:
+    """A correction from text: in `learned`, ^ is as typed, . is not learned, anything else is learned instead."""
+    actions = typed(trace)
+    targets = [action if mark in "^." else typed(mark)[0] for action, mark in zip(actions, learned, strict=True)]
+    return Correction(actions, targets, [mark != "." for mark in learned], "random", list(mistakes))
+
+
+ONE = Rules({BACK: "token"}, frozenset([EOS]))
+
+
+@pytest.mark.parametrize(
+    ("trace", "learned", "lines"),
+    [
+        ("12$", "^^^", ("12⏎", "^^^")),
+        ("13<2$", "^.^^^", ("13⌫2⏎", "^.^^^")),
+        ("132$", "^2<^", ("132⏎", "^2⌫^")),  # as of a rollout
+        ("1\n<2", "^.^$", ("1↵⌫2", "^.^⏎")),
+        ("", "", ("", "")),
+    ],
+)
+def test_a_correction_is_two_lines(trace: str, learned: str, lines: tuple[str, str]) -> None:
+    first, second = correction_lines("q:", correction(trace, learned), TOKENIZER, ONE)
+    assert (first, second) == (f"q: {lines[0]}", f"   {lines[1]}")
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q:"}]
+    assert correction_lines(chat, correction(trace, learned), TOKENIZER, ONE) == (first, second)
+
+
+def test_what_is_learned_stands_below_what_was_typed() -> None:
+    """Where several delete tokens have names, the cells are as wide as the wider of the two."""
+    made = correction("12!3<4$", ".^^!<.^")
+    first, second = correction_lines("q:", made, TOKENIZER, rules())
+    assert first == f"q: 12⌫answer 3{' ' * 7}⌫token 4⏎"
+    assert second == f"   .^{'^' * 8}⌫answer {'^' * 7}.^"
+    assert len(first) == len(second)
+    assert first.index("3") == second.index("⌫answer")
+
+
+def test_a_correction_is_recorded_in_text_and_in_tokens() -> None:
+    made = correction(
+        "1x\n<<23<$", "^..^^^.^^", Mistake(1, typed("x\n"), [BACK, BACK], 4), Mistake(2, typed("3"), [BACK], 2)
+    )
+    row = {"prompt": "q:", "answer": "12", "numbers": [1, 2]}
+    assert correction_record(row, made, TOKENIZER, ONE) == {
+        "prompt": "q:",
+        "answer": "12",
+        "source": "random",
+        "typed": "1x↵⌫⌫23⌫⏎",
+        "visible": "12",
+        "mistakes": [
+            {"after": "1", "wrong": "x\n", "deletes": 2, "right": "2"},
+            {"after": "12", "wrong": "3", "deletes": 1, "right": ""},
+        ],
+        "learned": ["1", None, None, "⌫", "⌫", "2", None, "⌫", "⏎"],
+        "actions": made.actions,
+        "targets": made.targets,
+        "learn": made.learn,
+    }
+
+
+def test_a_rollout_is_recorded_with_what_should_have_been_typed() -> None:
+    made = correction("13", "^2")
+    record = correction_record({"prompt": "q:", "answer": "12"}, made, TOKENIZER, ONE)
+    assert (record["typed"], record["visible"], record["learned"]) == ("13", "13", ["1", "2"])
+
+
+def test_every_token_is_read_on_one_line() -> None:
+    texts = [token_text(token, TOKENIZER, ONE) for token in (*range(len(TOKENIZER)), BACK)]
+    assert not any("\n" in text for text in texts)
+    assert texts[EOS] == "⏎" and texts[-1] == "⌫"
+    assert token_text(CLEAR, TOKENIZER, rules()) == "⌫answer "
+
+
+def test_the_detectors_table_has_a_row_for_each_source() -> None:
+    """What is not known is a dash; ages are those that any source has."""
+    found = {
+        "random": summarise([State(0.9, True, 1), State(0.25, False, 4), State(0.125, False, 0)]),
+        "samples": summarise([State(0.5, True, 2), State(0.75, True, 0)]),
+        "uncertain": summarise([]),
+    }
+    shown = printed(detector_table(found), width=200).splitlines()
+    (header,) = (line for line in shown if "errors" in line and "┃" in line)
+    names = [cell.strip() for cell in header.strip("┃ ").split("┃")]
+    assert names == ["errors", "if right", "if wrong", "1 ago", "2 ago", "3+ ago", "precision", "recall", "AUC"]
+    rows = {
+        cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in shown) if cells
+    }
+    assert rows == {
+        "random": ["12.5", "57.5", "90.0", "–", "25.0", "100.0", "50.0", "100.0"],
+        "samples": ["75.0", "50.0", "–", "50.0", "–", "50.0", "100.0", "0.0"],
+        "uncertain": ["–"] * 8,
+    }
