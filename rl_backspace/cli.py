@@ -80,8 +80,8 @@ def corrections(
     import json
 
     parsed = _parse(config, context.args)
-    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
-        why = "already there" if out.exists() else f"there is no folder {out.parent}"
+    if out is not None and (os.path.lexists(out) or not out.absolute().parent.is_dir()):
+        why = "already there" if os.path.lexists(out) else f"there is no folder {out.parent}"
         raise UserError(f"{out}: {why}; give --out a new file in a folder that exists")
     from rl_backspace.display import console, correction_lines, correction_record
     from rl_backspace.experiment import prepare
@@ -91,10 +91,12 @@ def corrections(
     tokenizer, rules = experiment.policy.tokenizer, experiment.policy.rules
     made = first_corrections(experiment.policy, experiment.task, experiment.budget, parsed.warmup, parsed.seed, count)
     if out is not None:
-        with open(out, "x", encoding="utf-8") as stream:
-            for row, correction in made:
-                record = correction_record(row, correction, tokenizer, rules)
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        records = [correction_record(row, correction, tokenizer, rules) for row, correction in made]
+        try:
+            with open(out, "x", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written: {error.strerror}; give --out another file") from error
         typer.echo(f"{len(made)} corrections of {count} prompts written to {out}", err=True)
         return
     for row, correction in made:

@@ -317,7 +317,11 @@ OURS = {
     "report_to": "add the top-level block wandb",
     "reward_weights": "set each reward's weight in rewards",
 }
-WARMUP_OURS = {"max_steps": "set warmup.steps", "remove_unused_columns": "the warm-up's columns are its own"}
+WARMUP_OURS = {
+    "dataloader_num_workers": "corrections come from what the model does now, which workers would not see",
+    "max_steps": "set warmup.steps",
+    "remove_unused_columns": "the warm-up's columns are its own",
+}
 
 
 def _steps(steps: int) -> int:

@@ -88,12 +88,12 @@ class Corrector:
         """One example; clean where there is no error to make or no budget for it.
 
         Args:
-            attempts: what the model did with this prompt, for the sources that ask it.
+            attempts: what the model did with this prompt, for the sources that ask it; of rollouts, the first is taken.
         """
         if rng.random() < self.clean or not self.teacher.rules.deletes:
             return self._write(expert.gold, [], None)
         if source == "rollouts":
-            return relabel(expert, rng.choice(attempts), rng) if attempts else self._write(expert.gold, [], None)
+            return relabel(expert, attempts[0], rng) if attempts else self._write(expert.gold, [], None)
         path, mistakes = self._plan(expert, source, rng, attempts)
         return self._write(path, mistakes, source if mistakes else None)
 

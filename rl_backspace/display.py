@@ -53,7 +53,7 @@ def strike(
 
 def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase, rules: Rules) -> str:
     """What tokens add to the text of others: alone, many tokenizers would drop the space before them."""
-    end = "⏎" if tokens[-1] in rules.eos else ""
+    end = "⏎" if tokens and tokens[-1] in rules.eos else ""
     base = tokenizer.decode(context)
     whole = tokenizer.decode([*context, *(tokens[:-1] if end else tokens)])
     while not whole.startswith(base):  # it ends within a character
@@ -114,7 +114,8 @@ def correction_lines(
         typed.append(cell.ljust(width))
         learned.append(mark.ljust(width, "^" if mark == "^" else "." if mark == "." else " "))
     before = f"{last_message(prompt)} "
-    return before + "".join(typed), " " * len(before) + "".join(learned)
+    indent = len(before.rpartition("\n")[2])
+    return before + "".join(typed), " " * indent + "".join(learned)
 
 
 def correction_record(
@@ -125,9 +126,9 @@ def correction_record(
     mistakes = [
         {
             "after": tokenizer.decode(visible[: mistake.depth]),
-            "wrong": tokenizer.decode(mistake.tokens),
+            "wrong": _text_added(visible[: mistake.depth], mistake.tokens, tokenizer, rules),
             "deletes": len(mistake.presses),
-            "right": tokenizer.decode(visible[mistake.depth :]),
+            "right": _text_added(visible[: mistake.depth], visible[mistake.depth :], tokenizer, rules),
         }
         for mistake in correction.mistakes
     ]

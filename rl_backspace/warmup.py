@@ -70,8 +70,9 @@ class Corrections(Dataset):
         else:
             chosen = rng.randrange(len(self.rows))
             entry = Entry(self.prompts[chosen], self.corrector.teacher.expert(self.rows[chosen]))
-        make = self.corrector.make
-        return [(entry, make(entry.expert, source, rng, entry.attempts)) for _ in range(self.group)]
+        attempts = rng.sample(entry.attempts, len(entry.attempts))
+        turns = [attempts[turn % len(attempts) :] if attempts else [] for turn in range(self.group)]
+        return [(entry, self.corrector.make(entry.expert, source, rng, turn)) for turn in turns]
 
     def refresh(self, asker: Asker, step: int) -> None:
         """Ask the model as it is now about other prompts than before, for the sources that need it."""

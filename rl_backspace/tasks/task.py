@@ -19,7 +19,8 @@ def _equals_reference(row: Row, text: str) -> bool:
 
 
 def _starts_reference(row: Row, text: str) -> bool:
-    return row["answer"].startswith(text)
+    whole = row["answer"].strip()  # as where the finished answer is compared
+    return whole.startswith(text.lstrip()) or text.strip() == whole
 
 
 @dataclass(frozen=True)
