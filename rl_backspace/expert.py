@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from rl_backspace.semantics import Budget, Machine, Rules
 from rl_backspace.tasks import Row, Task
 
+TRIES = 4  # answers that a task is asked to complete, where the first tokens of some are illegal
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -85,18 +87,13 @@ class Expert:
 
     def next(self, visible: Sequence[int], rng: random.Random, illegal: Collection[int] = ()) -> int | None:
         """A right token to type after an alive prefix: the reference's if it fits, else any; None if there is none."""
-        here = list(visible)
-        if here == self.gold[: len(here)] and len(here) < len(self.gold) and self.gold[len(here)] not in illegal:
-            return self.gold[len(here)]
-        text = self.teacher.text(here)
-        if self.teacher.task.correct(self.row, text):
+        for _ in range(TRIES if illegal else 1):
+            known = self._known(visible, rng)
+            if known and known[0] not in illegal:
+                return known[0]
+        here, alphabet = list(visible), self.teacher.alphabet
+        if self.right(here, self.teacher.eos):
             return self.teacher.eos
-        answer = self.row["answer"]
-        if answer.startswith(text):  # the reference, in tokens of another cut
-            rest = self.teacher.tokens(answer[len(text) :])
-            if rest and rest[0] not in illegal and self.alive([*here, rest[0]]):
-                return rest[0]
-        alphabet = self.teacher.alphabet
         for token in rng.sample(alphabet, len(alphabet)):
             if token not in illegal and self.alive([*here, token]):
                 return token
@@ -106,13 +103,34 @@ class Expert:
         """Right tokens up to the end of the answer, None where the task leads nowhere or the budget ends before."""
         out = list(visible)
         while len(out) < self.teacher.budget.answer:
-            token = self.next(out, rng)
-            if token is None:
+            rest = self._known(out, rng)
+            if rest is None:
+                token = self.next(out, rng)
+                rest = None if token is None else [token]
+            if rest is None:
                 return None
-            out.append(token)
-            if token == self.teacher.eos:
-                return out[len(visible) :]
+            out += rest
+            if out[-1] == self.teacher.eos:
+                return out[len(visible) :] if len(out) <= self.teacher.budget.answer else None
         return None
+
+    def _known(self, visible: Sequence[int], rng: random.Random) -> list[int] | None:
+        """The rest of the reference, or of an answer that the task completes; None where neither starts like this."""
+        here = list(visible)
+        if here == self.gold[: len(here)] and len(here) < len(self.gold):
+            return self.gold[len(here) :]
+        task, text = self.teacher.task, self.teacher.text(here)
+        whole = self.row["answer"].strip()
+        if task.complete:
+            whole = task.complete(self.row, text, rng) or ""
+        elif task.correct(self.row, text):
+            whole = text
+        else:
+            text = text.lstrip()  # white space in front is no error
+        if not whole.startswith(text):
+            return None
+        rest = [*self.teacher.tokens(whole[len(text) :]), self.teacher.eos]
+        return rest if self.right(here, rest[0]) else None
 
     def act(self, machine: Machine, own: int, rng: random.Random) -> int | None:
         """The action to learn in this state, None where nothing helps.

@@ -163,7 +163,7 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
     train, test = ([{column: row.get(column) for column in columns} for row in rows] for rows in (train, test))
     functions: dict[str, Any] = {}
     if fn not in BUNDLED:
-        own = [name for name in ("correct", "alive") if getattr(task, name) is not getattr(Task, name)]
+        own = [name for name in ("correct", "alive", "complete") if getattr(task, name) is not getattr(Task, name)]
         functions = {name: Guarded(getattr(task, name), name, fn) for name in own}
     return dataclasses.replace(task, train=train, test=test, **functions)
 
@@ -201,13 +201,13 @@ def _is_prompt(prompt: Any) -> bool:
 class Guarded:
     """A plug-in task's function, named when it breaks."""
 
-    function: Callable[[Row, str], bool]
+    function: Callable[..., Any]
     name: str
     fn: str
 
-    def __call__(self, row: Row, text: str) -> bool:
+    def __call__(self, row: Row, text: str, *others: Any) -> Any:
         try:
-            return self.function(row, text)
+            return self.function(row, text, *others)
         except UserError:
             raise
         except Exception as error:  # a plug-in may raise anything

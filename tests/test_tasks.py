@@ -602,3 +602,27 @@ def test_a_plugins_function_that_breaks_is_named(name: str, tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         getattr(task, name)(task.train[0], "a")
     assert str(caught.value) == f"task: {name!r} of {fn} raised KeyError: 'nothing'"
+
+
+@pytest.mark.parametrize("fn", ["signs", "countdown", "sudoku"])
+def test_what_a_task_completes_is_right_and_starts_as_asked(fn: str) -> None:
+    task, rng, found = load_task({"fn": fn, "train": 60, "test": 1}, seed=0), random.Random(0), set()
+    assert task.complete is not None
+    for row in task.train:
+        other = rng.choice(task.train)["answer"]
+        for text in (row["answer"][: rng.randint(0, 20)], other[: rng.randint(0, 4)], "?", row["answer"] + "1"):
+            whole = task.complete(row, text, rng)
+            assert (whole is not None) == task.alive(row, text), (row, text)
+            assert whole is None or (whole.startswith(text) and task.correct(row, whole))
+            found.add(whole == row["answer"])
+    assert found == {True, False}
+
+
+def test_completions_of_signs_are_all_as_likely() -> None:
+    row = {"prompt": "", "answer": "", "numbers": [1, 1, 2, 3, 1], "target": 2}
+    task, rng = load_task({"fn": "signs", "train": 1, "test": 1}, seed=0), random.Random(0)
+    right = {"".join(s) for s in itertools.product("+-", repeat=5) if task.correct(row, "".join(s))}
+    assert task.complete is not None
+    drawn = Counter(task.complete(row, "", rng) for _ in range(3000))
+    assert set(drawn) == right and len(right) > 3
+    assert all(abs(count - 3000 / len(right)) < 5 * (3000 / len(right)) ** 0.5 for count in drawn.values())

@@ -49,10 +49,10 @@ def countdown(
             targets = reachable(numbers, limit)
         target = rng.choice(targets)
         prompt = f"{' '.join(map(str, numbers))}={target}:"
-        answer = _solve(numbers, target, limit, rng)
+        answer = ",".join(_solve(numbers, target, limit, rng) or [])
         return {"prompt": prompt, "answer": answer, "numbers": list(numbers), "target": target, "limit": limit}
 
-    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive)
+    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive, complete=complete)
 
 
 def correct(row: Row, text: str) -> bool:
@@ -69,6 +69,16 @@ def alive(row: Row, text: str) -> bool:
         step.startswith(begun) and _reaches(rest, row["target"], row["limit"])
         for step, rest in _steps(numbers, row["limit"]).items()
     )
+
+
+def complete(row: Row, text: str, rng: random.Random) -> str | None:
+    """Random steps to the target that start like this."""
+    *done, begun = text.split(",")
+    numbers = _after(tuple(row["numbers"]), done, row["limit"])
+    if numbers is None:
+        return None
+    rest = _solve(numbers, row["target"], row["limit"], rng, begun)
+    return None if rest is None else ",".join([*done, *rest])
 
 
 def reachable(numbers: Numbers, limit: int) -> list[int]:
@@ -123,11 +133,17 @@ def _after(numbers: Numbers, steps: list[str], limit: int) -> Numbers | None:
     return numbers
 
 
-def _solve(numbers: Numbers, target: int, limit: int, rng: random.Random) -> str:
-    """A random one of the ways to the target."""
-    taken = []
+def _solve(numbers: Numbers, target: int, limit: int, rng: random.Random, begun: str = "") -> list[str] | None:
+    """Random steps to the target, the first of which is begun already; None where there are none."""
+    taken: list[str] = []
     while len(numbers) > 1:
-        ways = [way for way in _steps(numbers, limit).items() if _reaches(way[1], target, limit)]
+        ways = [
+            (step, rest)
+            for step, rest in _steps(numbers, limit).items()
+            if step.startswith("" if taken else begun) and _reaches(rest, target, limit)
+        ]
+        if not ways:
+            return None
         step, numbers = rng.choice(ways)
         taken.append(step)
-    return ",".join(taken)
+    return taken if numbers == (target,) else None

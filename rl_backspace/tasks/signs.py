@@ -31,7 +31,7 @@ def signs(count: int = 5, low: int = 1, high: int = 9, train: int = 20_000, test
         prompt = f"{' '.join(map(str, numbers))}={target}:"
         return {"prompt": prompt, "answer": answer, "numbers": numbers, "target": target}
 
-    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive)
+    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive, complete=complete)
 
 
 def correct(row: Row, text: str) -> bool:
@@ -46,6 +46,27 @@ def alive(row: Row, text: str) -> bool:
     if len(text) > len(numbers) or not set(text) <= set(VALUE):
         return False
     return row["target"] - _sum(text, numbers[: len(text)]) in _reachable(numbers[len(text) :])
+
+
+def complete(row: Row, text: str, rng: random.Random) -> str | None:
+    """A random one of the choices that start like this and reach the target; each is as likely as the others."""
+    if not alive(row, text):
+        return None
+    numbers = tuple(row["numbers"])
+    left = row["target"] - _sum(text, numbers[: len(text)])
+    for place in range(len(text), len(numbers)):
+        ways = [_ways(numbers[place + 1 :], left - VALUE[sign] * numbers[place]) for sign in VALUE]
+        (sign,) = rng.choices(list(VALUE), ways)
+        text, left = text + sign, left - VALUE[sign] * numbers[place]
+    return text
+
+
+@functools.lru_cache(maxsize=100_000)
+def _ways(numbers: tuple[int, ...], total: int) -> int:
+    """How many choices of signs reach the total."""
+    if not numbers:
+        return int(total == 0)
+    return sum(_ways(numbers[1:], total - value * numbers[0]) for value in VALUE.values())
 
 
 def _sum(text: str, numbers: tuple[int, ...]) -> int:

@@ -31,7 +31,7 @@ def sudoku(givens: int = 5, train: int = 20_000, test: int = 1024, seed: int = 0
         puzzle = _rows("".join(digit if i in shown else "." for i, digit in enumerate(grid)))
         return {"prompt": f"{puzzle}:", "answer": _rows(grid), "puzzle": puzzle}
 
-    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive)
+    return Task(*generate(draw, train, test, seed), correct=correct, alive=alive, complete=complete)
 
 
 def correct(row: Row, text: str) -> bool:
@@ -42,6 +42,12 @@ def correct(row: Row, text: str) -> bool:
 def alive(row: Row, text: str) -> bool:
     """Whether a grid that fits starts like this."""
     return any(grid.startswith(text) for grid in solutions(row["puzzle"]))
+
+
+def complete(row: Row, text: str, rng: random.Random) -> str | None:
+    """A random one of the grids that fit and start like this."""
+    fitting = [grid for grid in solutions(row["puzzle"]) if grid.startswith(text)]
+    return rng.choice(fitting) if fitting else None
 
 
 @functools.lru_cache(maxsize=100_000)

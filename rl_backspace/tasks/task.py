@@ -32,6 +32,9 @@ class Task:
         correct: (row, visible text) -> whether it is a right answer. Default: equal to the reference.
         alive: (row, visible text) -> whether the text can still become a right answer. Where only the
             reference is known (the default), the first deviation from it is the error.
+        complete: (row, visible text that is alive, rng) -> a right answer that starts with it, drawn as reference
+            answers are, or None where there is none. Without it, one is found by asking `alive` token by token, which
+            is slower, and teaches a policy to type whatever is right rather than what it would.
         typo_rate: share of typed tokens that the keyboard swaps for another one (`keyboard`).
         ceiling: highest accuracy that a policy can have without deleting, where that is known.
     """
@@ -40,6 +43,7 @@ class Task:
     test: list[Row]
     correct: Callable[[Row, str], bool] = _equals_reference
     alive: Callable[[Row, str], bool] = _starts_reference
+    complete: Callable[[Row, str, random.Random], str | None] | None = None
     typo_rate: float = 0.0
     ceiling: float | None = None
 
