@@ -67,7 +67,9 @@ class Warmup(Strict):
     clean: Share = Field(default=0.5, description="share of examples without an error")
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of the model's own samples")
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="of the model's own samples and rollouts"
+    )
     entropy: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="nats above which a choice is uncertain")
     refresh: PositiveInt = Field(
         default=100, description="steps after which the model is asked again for errors, and delete measured"

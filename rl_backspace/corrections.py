@@ -198,7 +198,7 @@ def relabel(expert: Expert, trace: Sequence[int], rng: random.Random) -> Correct
     machine = Machine(expert.teacher.rules, expert.teacher.budget)
     targets, learn = [], []
     for action in trace:
-        target = expert.act(machine, action, rng)
+        target = None if expert.misled(machine) else expert.act(machine, action, rng)
         targets.append(action if target is None else target)
         learn.append(target is not None)
         machine.step(action)

@@ -133,12 +133,12 @@ class Expert:
         return rest if self.right(here, rest[0]) else None
 
     def act(self, machine: Machine, own: int, rng: random.Random) -> int | None:
-        """The action to learn in this state, None where nothing helps.
+        """What to do in this state, None where nothing helps.
 
         Args:
             own: what the policy did; it stands where it is as good as any.
         """
-        illegal = set(machine.illegal())
+        illegal, ban = set(machine.illegal()), self.teacher.rules.retry == "ban"
         if self.alive(machine.visible):
             if own not in illegal and self.right(machine.visible, own):
                 return own
@@ -147,12 +147,21 @@ class Expert:
                 return token
         if illegal.issuperset(self.teacher.rules.deletes):
             return None
-        ban = self.teacher.rules.retry == "ban"
         for depth, presses in self._ways_back(machine.visible):
             gone = {*machine.tried[depth], machine.visible[depth]} if ban else ()
             if self.alive(machine.visible[:depth]) and self.next(machine.visible[:depth], rng, gone) is not None:
                 return presses[0]
         return None
+
+    def misled(self, machine: Machine) -> bool:
+        """Whether something right is banned here and the policy cannot know: under `erase` it does not see that it
+        was here before, so the second best would be learned for the very context in which the best one was right."""
+        rules = self.teacher.rules
+        return (
+            rules.retry == "ban"
+            and rules.memory == "erase"
+            and any(self.right(machine.visible, token) for token in machine.tried[-1])
+        )
 
     def take_back(self, right: Sequence[int], wrong: Sequence[int]) -> tuple[list[int], int]:
         """The deletes that take back all that is wrong, and how many tokens they leave."""

@@ -34,7 +34,7 @@ class Asker:
     """Asks the policy as it is now.
 
     Args:
-        config: `temperature` of samples, the `entropy` above which a choice is uncertain, `late`.
+        config: `temperature` of samples and rollouts, the `entropy` above which a choice is uncertain, `late`.
         group: samples or rollouts of each prompt.
     """
 
@@ -59,7 +59,8 @@ class Asker:
 
     def _roll_out(self, entries: list[Entry]) -> None:
         asked = [entry for entry in entries for _ in range(self.group)]
-        rollouts = self.engine.run([entry.prompt for entry in asked], self.teacher.budget, generator=self.generator)
+        sampling = Sampling(self.config.temperature)
+        rollouts = self.engine.run([entry.prompt for entry in asked], self.teacher.budget, sampling, self.generator)
         for entry, rollout in zip(asked, rollouts, strict=True):
             entry.attempts.append(rollout.actions)
 

@@ -185,7 +185,8 @@ def warm_up(
     """
     size = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     dataset, asker = make_corrections(policy, task, budget, config, size, args.seed)
-    measurer = replace(asker, group=2, generator=torch.Generator(asker.generator.device))
+    as_sampled = config.model_copy(update={"temperature": 1.0})  # the same for every setting
+    measurer = replace(asker, config=as_sampled, group=2, generator=torch.Generator(asker.generator.device))
     examiner = replace(dataset.corrector, clean=0.5)  # right states and wrong ones, whatever is trained on
 
     def refresh(step: int) -> None:
