@@ -74,6 +74,12 @@ class Warmup(Strict):
     refresh: PositiveInt = Field(
         default=100, description="steps after which the model is asked again for errors, and delete measured"
     )
+    beta: float = Field(
+        default=0.3,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the KL term that keeps what is typed, deletes apart, near the base model's",
+    )
     trainer: dict[str, Any] = Field(default={}, description="any field of transformers.TrainingArguments")
 
 

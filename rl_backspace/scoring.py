@@ -185,16 +185,16 @@ def score(
 
     `model` is called once, through its own forward, so that wrappers (PEFT, DDP, accelerate) do their work.
     """
-    return action_logprobs(_logits(model, packed), packed, temperature, entropy, keyboard)
+    return action_logprobs(packed_logits(model, packed), packed, temperature, entropy, keyboard)
 
 
 def distributions(model: nn.Module, packed: Packed) -> Tensor:
     """Log-probabilities (U, V) of every token at each distinct choice; `packed.choices` maps actions to choices."""
-    return _among_legal(_logits(model, packed), packed, 1.0)
+    return _among_legal(packed_logits(model, packed), packed, 1.0)
 
 
-def _logits(model: nn.Module, packed: Packed) -> Tensor:
-    """(R, keep, V)"""
+def packed_logits(model: nn.Module, packed: Packed) -> Tensor:
+    """The model's logits (R, keep, V) at every slot that chooses."""
     return model(
         input_ids=packed.input_ids,
         attention_mask=attention_mask(causal_lm(model), packed.allowed),
@@ -224,6 +224,26 @@ def action_logprobs(
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
         return chosen, entropies[packed.choices]
+
+
+def typing_divergence(logits: Tensor, reference: Tensor, packed: Packed, deletes: Sequence[int]) -> Tensor:
+    """KL(reference || model) in nats of what is typed when nothing is deleted; the mean over the distinct choices.
+
+    Only choices whose context holds no delete token count: a reference that never learned one knows nothing there.
+
+    Args:
+        logits, reference: (R, keep, V), of the model and of the one that it is to type like.
+        deletes: token ids that are left out of both distributions.
+    """
+    ids = torch.tensor(list(deletes), dtype=torch.long, device=logits.device)
+    deleted = torch.isin(packed.input_ids, ids)[:, None, :]  # (R, 1, L)
+    known = ~(packed.allowed[:, 0] & deleted).any(-1)[:, -packed.keep :].flatten()[packed.outputs]  # (U,)
+    ours, theirs = (
+        part.flatten(0, 1)[packed.outputs[known]].float().index_fill(1, ids, -torch.inf).log_softmax(-1)
+        for part in (logits, reference)
+    )
+    gap = (theirs.exp() * (theirs - ours).index_fill(1, ids, 0.0)).sum(-1)
+    return gap.sum() / max(1, len(gap))
 
 
 def _among_legal(logits: Tensor, packed: Packed, temperature: float) -> Tensor:

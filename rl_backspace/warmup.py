@@ -7,6 +7,7 @@ corrections of a prompt in one pass.
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from rl_backspace.expert import Teacher
 from rl_backspace.keyboard import alphabet, keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.pool import Asker, Entry
-from rl_backspace.scoring import batched, pack, score
+from rl_backspace.scoring import Packed, action_logprobs, batched, pack, packed_logits, typing_divergence
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
 
@@ -87,6 +88,8 @@ class WarmupTrainer(Trainer):
     """transformers' Trainer with the loss of corrections: the mean over what an example teaches, then over examples.
 
     So a long search weighs no more than a clean answer, and the share of clean examples is their share of the loss.
+    A state that teaches only to delete says nothing of what else to type there; left to itself that becomes noise,
+    and with it what the policy types when its token is blocked. `beta` keeps it near what the base model types.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class WarmupTrainer(Trainer):
         args: TrainingArguments,
         dataset: Dataset,
         callbacks: list[TrainerCallback],
+        beta: float = 0.0,
     ):
-        self.rules, self.budget, self.pad = policy.rules, budget, policy.tokenizer.pad_token_id
+        self.rules, self.budget, self.pad, self.beta = policy.rules, budget, policy.tokenizer.pad_token_id, beta
+        self.base = copy.deepcopy(policy.model).requires_grad_(False).eval() if beta and policy.whole else None
         super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
         self.model_accepts_loss_kwargs = False
 
@@ -116,11 +121,24 @@ class WarmupTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         learn = inputs["learn"]
         packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
-        logprobs = score(model, replace(packed, actions=inputs["targets"]))[0]
+        logits = packed_logits(model, packed)
+        logprobs = action_logprobs(logits, replace(packed, actions=inputs["targets"]))[0]
         counted = learn.sum(1)
         per_example = -logprobs.masked_fill(~learn.bool(), 0.0).sum(1) / counted.clamp(min=1)
         loss = per_example.sum() / counted.count_nonzero().clamp(min=1)
+        if self.beta:
+            reference = self._reference(model, packed)
+            loss = loss + self.beta * typing_divergence(logits, reference, packed, sorted(self.rules.deletes))
         return (loss, {}) if return_outputs else loss
+
+    @torch.no_grad()
+    def _reference(self, model: Any, packed: Packed) -> Tensor:
+        """The base model's logits (R, keep, V)."""
+        if self.base is not None:
+            return packed_logits(self.base, packed)
+        adapted = self.accelerator.unwrap_model(model)
+        with adapted.disable_adapter():
+            return packed_logits(adapted, packed)
 
 
 class Refresh(TrainerCallback):
@@ -194,7 +212,7 @@ def warm_up(
         on_diagnosis(step, diagnose(measurer, examiner, task.test[:HELD_OUT], args.seed))
 
     refresh(0)
-    trainer = WarmupTrainer(policy, budget, args, dataset, [*callbacks, Refresh(config.refresh, refresh)])
+    trainer = WarmupTrainer(policy, budget, args, dataset, [*callbacks, Refresh(config.refresh, refresh)], config.beta)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     found = diagnose(measurer, examiner, task.test[: 2 * HELD_OUT], args.seed)

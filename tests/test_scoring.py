@@ -191,3 +191,32 @@ def test_illegal_traces_are_refused() -> None:
     ids = torch.tensor([[5, 6, DELETE, 8]])
     with pytest.raises(IllegalAction):
         pack(ids, torch.ones_like(ids), 2, rules("erase", "free"))
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+def test_the_divergence_of_what_is_typed_equals_one_context_at_a_time(memory: str) -> None:
+    """Against two models' distributions without deletes, over each distinct context that holds none."""
+    model, reference, played = tiny(), tiny(seed=1), rules(memory, "ban")
+    rollouts = rolled(model, played)
+    expected = {}
+    for rollout in rollouts:
+        slow = naive.Naive(played, BUDGET)
+        for action in rollout.actions:
+            context = (*rollout.prompt, *slow.context())
+            if not set(slow.context()) & set(WORDS):
+                ours, theirs = (naive.logprobs(m, context, set(WORDS)) for m in (model, reference))
+                # as often as scoring has it: once for each set of tokens that were illegal there
+                key = (*context, frozenset(slow.forbidden()))
+                expected[key] = sum(b.exp() * (b - a) for a, b in zip(ours, theirs, strict=True) if b.isfinite()).item()
+            slow.press(action)
+    ids, real, steps = flat(rollouts)
+    packed = pack(ids, real, steps, played, BUDGET)
+    logits, other = (scoring.packed_logits(m, packed) for m in (model, reference))
+    divergence = scoring.typing_divergence(logits, other.detach(), packed, list(WORDS))
+    assert divergence.item() == pytest.approx(sum(expected.values()) / len(expected), rel=1e-3)
+    divergence.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert scoring.typing_divergence(logits, logits, packed, list(WORDS)).item() == pytest.approx(0, abs=1e-6)
+    nudged = logits.detach().clone()
+    nudged[..., list(WORDS)] += 5  # deletes are left out
+    assert scoring.typing_divergence(nudged, logits, packed, list(WORDS)).item() == pytest.approx(0, abs=1e-6)

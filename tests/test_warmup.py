@@ -10,16 +10,18 @@ import naive
 import numpy
 import pytest
 import torch
+from checkpoints import checkpoint
 from teachers import bigrams, tiny_policy
 from transformers import TrainingArguments
 
 from rl_backspace import warmup
-from rl_backspace.config import Warmup
+from rl_backspace.config import Delete, Lora, Warmup
 from rl_backspace.corrections import FROM_MODEL, SOURCES, Source
 from rl_backspace.engine import Rollout
 from rl_backspace.evaluate import is_right
-from rl_backspace.policy import Policy
+from rl_backspace.policy import Policy, create
 from rl_backspace.pool import Asker, Entry
+from rl_backspace.scoring import pack, packed_logits, typing_divergence
 from rl_backspace.semantics import Budget, Memory, replay
 from rl_backspace.tasks import Row, Task, signs
 from rl_backspace.warmup import Corrections, WarmupTrainer, first_corrections, make_corrections, warm_up
@@ -225,6 +227,29 @@ def test_what_is_measured_does_not_change_what_is_learned(tmp_path: Path, monkey
         run(policy, tmp_path, refresh=3)
         finished.append(policy.model.state_dict())
     assert all(torch.equal(weight, finished[1][name]) for name, weight in finished[0].items())
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4, alpha=8), None])
+def test_the_base_that_typing_stays_near_does_not_move(lora: Lora | None, tmp_path: Path) -> None:
+    """Its logits are those of the base as it was, while the policy moves away; the pull is towards it."""
+    base = str(checkpoint(tmp_path / "base", initializer_range=0.3))
+    ends = {}
+    for beta in (0.0, 10.0):
+        policy = create(base, Delete(), lora, seed=0)
+        dataset, _ = refreshed(policy, size=60, group=4)
+        args = arguments(tmp_path, max_steps=20, per_device_train_batch_size=3, learning_rate=1e-2)
+        trainer = WarmupTrainer(policy, BUDGET, args, dataset, [], beta)
+        batch = trainer.collate([dataset[i] for i in range(3)])
+        packed = pack(batch["input_ids"], batch["attention_mask"], batch["learn"].shape[1], policy.rules, BUDGET)
+        start = packed_logits(policy.model, packed).detach()
+        trainer.train()
+        policy.model.eval()
+        end = packed_logits(policy.model, packed).detach()
+        ends[beta] = typing_divergence(end, start, packed, sorted(policy.rules.deletes)).item()
+        if beta:
+            torch.testing.assert_close(trainer._reference(policy.model, packed)[..., :90], start[..., :90])
+        assert not torch.allclose(end[..., :90], start[..., :90], atol=1e-2)
+    assert ends[10.0] < ends[0.0] / 2
 
 
 def test_a_warm_up_teaches_to_delete_what_is_wrong(policy: Policy, tmp_path: Path) -> None:
