@@ -73,7 +73,7 @@ def corrections(
     count: Annotated[int, typer.Option(min=1, help="prompts; each gives warmup.group corrections")] = 4,
     out: Annotated[Path | None, typer.Option(help="a .jsonl file for all of them; must not exist")] = None,
 ) -> None:
-    """Write the corrections that the warm-up begins with, to be read: what is typed, deleted, learned.
+    """Show corrections such as the warm-up begins with, or write them: what is typed, deleted, learned.
 
     Those from the model's own errors are the untrained policy's; `train` asks it again as it learns.
     """

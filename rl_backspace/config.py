@@ -68,7 +68,7 @@ class Warmup(Strict):
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
     temperature: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="of the model's own samples and rollouts"
+        default=1.0, ge=0.01, allow_inf_nan=False, description="of the model's own samples and rollouts"
     )
     entropy: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="nats above which a choice is uncertain")
     refresh: PositiveInt = Field(
@@ -113,7 +113,7 @@ class Config(Strict):
     """One experiment, from a base model to a policy that deletes."""
 
     name: Annotated[str, AfterValidator(_is_name)] = Field(description="the run's folder is runs/<name>")
-    model: str = Field(description="an embedded model (arith-1m), a hub id or a local path")
+    model: str = Field(description="an embedded model (arith-1m, puzzles-1m), a hub id or a local path")
     task: Plugin
     rewards: dict[str, Reward] = Field(min_length=1)
     seed: Seed = 0
@@ -326,7 +326,6 @@ OURS = {
     "reward_weights": "set each reward's weight in rewards",
 }
 WARMUP_OURS = {
-    "dataloader_num_workers": "corrections come from what the model does now, which workers would not see",
     "max_steps": "set warmup.steps",
     "remove_unused_columns": "the warm-up's columns are its own",
 }
@@ -370,12 +369,20 @@ UNSUPPORTED = {
 }
 
 
+WARMUP_UNSUPPORTED = {
+    "dataloader_num_workers": "corrections come from what the model does now, which workers would not see",
+    "train_sampling_strategy": "corrections have no lengths before they are made",
+}
+
+
 def trainer_problems(
     fields: Mapping[str, Any], where: str, kind: Literal["GRPOConfig", "TrainingArguments"]
 ) -> list[str]:
     """Names and types against TRL's or transformers' own config class; one line per mistake."""
     types, defaults = _trainer_types(kind)
-    ours = {**OURS, **(WARMUP_OURS if kind == "TrainingArguments" else {})}
+    warmup = kind == "TrainingArguments"
+    ours = {**OURS, **(WARMUP_OURS if warmup else {})}
+    unsupported = {**UNSUPPORTED, **(WARMUP_UNSUPPORTED if warmup else {})}
     problems = []
     for key, value in fields.items():
         if not isinstance(key, str):
@@ -386,8 +393,8 @@ def trainer_problems(
             problems.append(f"{where}.{key}: not here; {ours[key]}")
         elif problem := type_problem(types[key], value, strict=not _is_enum(types[key])):
             problems.append(f"{where}.{key}: {problem}")
-        elif key in UNSUPPORTED and value and value != defaults[key]:
-            problems.append(f"{where}.{key}: not supported; {UNSUPPORTED[key]}")
+        elif key in unsupported and value and value != defaults[key]:
+            problems.append(f"{where}.{key}: not supported; {unsupported[key]}")
     return problems
 
 

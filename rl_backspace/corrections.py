@@ -16,6 +16,7 @@ The loss is on the deletes and on what is right, never on a wrong token: a model
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ Source = Literal["random", "early", "samples", "uncertain", "rollouts"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 FROM_MODEL: tuple[Source, ...] = ("samples", "uncertain", "rollouts")
 """The sources that ask the model, and are asked again as it changes."""
+
+
+LONG = 64  # of an answer or an alphabet: then a few draws do, where otherwise everything is tried
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ class Corrector:
                     path = planned[0]
                     mistakes.append(planned[1])
                     break
+            else:
+                break
         return path, mistakes
 
     def _attempts(
@@ -149,8 +155,12 @@ class Corrector:
                         yield [*path[:depth], token, *rng.choices(self.teacher.alphabet, k=len(path))]
                         break
         elif source == "early":
-            skips = [(a, b) for a in range(len(path) - 1) for b in range(a + 1, len(path) - 1)]
-            for start, later in rng.sample(skips, len(skips)):
+            places = range(len(path) - 1)
+            if len(places) > LONG:  # too many pairs to list
+                skips = [(a, b) for a, b in (sorted(rng.sample(places, 2)) for _ in range(LONG))]
+            else:
+                skips = rng.sample(pairs := list(itertools.combinations(places, 2)), len(pairs))
+            for start, later in skips:
                 yield [*path[:start], *path[later:-1]]
         else:
             yield from rng.sample(attempts, len(attempts))
@@ -207,6 +217,6 @@ def relabel(expert: Expert, trace: Sequence[int], rng: random.Random) -> Correct
 
 def _shuffled(alphabet: Sequence[int], rng: random.Random) -> Iterator[int]:
     """Every token of the alphabet in random order; of a large one, a few draws first: one will do, mostly."""
-    for _ in range(8 if len(alphabet) > 64 else 0):
+    for _ in range(8 if len(alphabet) > LONG else 0):
         yield rng.choice(alphabet)
     yield from rng.sample(alphabet, len(alphabet))

@@ -16,7 +16,7 @@ import torch
 
 from rl_backspace.corrections import FROM_MODEL, SOURCES, Corrector, Source
 from rl_backspace.expert import Expert
-from rl_backspace.pool import CHUNK, Asker, Entry
+from rl_backspace.pool import Asker, Entry, chunks
 from rl_backspace.scoring import batched, distributions, pack
 from rl_backspace.semantics import Machine
 from rl_backspace.tasks import Row
@@ -40,11 +40,14 @@ class State:
 
 
 def diagnose(asker: Asker, corrector: Corrector, rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    """The detector's measures (`summarise`) for each source of errors, on held-out rows; the same ones each time."""
+    """The detector's measures (`summarise`) for each source of errors, on held-out rows; the same ones each time.
+
+    None where the task cannot tell an error from another right answer.
+    """
     prompts = asker.policy.encode([row["prompt"] for row in rows])
     asker.generator.manual_seed(seed)
     found: dict[str, Any] = {}
-    for source in SOURCES:
+    for source in SOURCES if corrector.teacher.task.tells_errors else ():
         rng = random.Random(f"{seed}/{source}")
         entries = asker.ask(source, rows, prompts) if source in FROM_MODEL else None
         if entries is None:
@@ -73,8 +76,7 @@ def observe(asker: Asker, traces: Sequence[tuple[Entry, list[int]]]) -> list[Sta
     was_training = model.training
     model.eval()
     states = []
-    for first in range(0, len(traces), CHUNK):
-        chunk = traces[first : first + CHUNK]
+    for chunk in chunks(traces, asker.engine.backbone.config.vocab_size, lambda trace: len(trace[1])):
         prompts, actions = [entry.prompt for entry, _ in chunk], [trace for _, trace in chunk]
         ids, real = batched(prompts, actions, asker.policy.tokenizer.pad_token_id)
         packed = pack(ids.to(deletes.device), real, max(map(len, actions)), rules, budget)
@@ -92,13 +94,16 @@ def observe(asker: Asker, traces: Sequence[tuple[Entry, list[int]]]) -> list[Sta
 def ages(expert: Expert, trace: Sequence[int]) -> list[int | None]:
     """For each action of a trace, the age of the error in the state it was chosen in; None: no delete was legal."""
     machine = Machine(expert.teacher.rules, expert.teacher.budget)
+    error: int | None = None  # index of the first token that left nothing alive
     found: list[int | None] = []
     for action in trace:
-        if set(machine.illegal()).issuperset(expert.teacher.rules.deletes):
-            found.append(None)
-        else:
-            error = expert.first_error(machine.visible)
-            found.append(0 if error is None else len(machine.visible) - error)
+        length = len(machine.visible)
+        if error is not None and error >= length:
+            error = None
+        if error is None and not expert.alive(machine.visible):
+            error = length - 1
+        illegal = set(machine.illegal()).issuperset(expert.teacher.rules.deletes)
+        found.append(None if illegal else 0 if error is None else length - error)
         machine.step(action)
     return found
 

@@ -109,7 +109,8 @@ def correction_lines(
     for action, target, learn in zip(correction.actions, correction.targets, correction.learn, strict=True):
         cell, mark = token_text(action, tokenizer, rules), "."
         if learn:
-            mark = "^" if target == action else token_text(target, tokenizer, rules)
+            instead = token_text(target, tokenizer, rules)
+            mark = "^" if target == action else f"[{instead}]" if instead in ("^", ".") else instead
         width = max(len(cell), len(mark))
         typed.append(cell.ljust(width))
         learned.append(mark.ljust(width, "^" if mark == "^" else "." if mark == "." else " "))

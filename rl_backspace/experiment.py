@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,14 @@ def _check_rows(experiment: Experiment, engine: Engine) -> None:
             )
         if not policy.rules.deletes.keys().isdisjoint(ids):
             raise UserError(f"delete.tokens: the answer {row['answer'][:40]!r} contains a delete token; name another")
+        if not policy.rules.eos.isdisjoint(ids):
+            raise UserError(f"task: the answer {row['answer'][:40]!r} contains a token that ends answers; take it out")
+        typed = policy.text(ids)
+        if typed != row["answer"] and not task.correct(row, typed):
+            raise UserError(
+                f"task: the answer {row['answer'][:40]!r} is typed as {typed[:40]!r}, which is not right; take out "
+                "what the model's tokenizer does not have"
+            )
 
 
 def _check_prompts(experiment: Experiment) -> None:
@@ -232,8 +241,14 @@ def _check_prompts(experiment: Experiment) -> None:
 def _check_task(task: Task) -> None:
     """Call the task's own functions once, on reference answers; raises UserError where one breaks."""
     for row in task.train[:4] + task.test[:4]:
-        task.correct(row, row["answer"])
-        task.alive(row, row["answer"])
+        if not task.correct(row, row["answer"]):
+            raise UserError(
+                f"task: `correct` calls the reference answer {row['answer'][:40]!r} wrong; mend one of them"
+            )
+        if not all(task.alive(row, row["answer"][:end]) for end in (0, len(row["answer"]))):
+            raise UserError(f"task: `alive` calls the answer {row['answer'][:40]!r} or its beginning an error; mend it")
+        if task.complete is not None:
+            task.complete(row, row["answer"][:1], random.Random(0))
 
 
 def _check_sources(config: Config, task: Task) -> None:

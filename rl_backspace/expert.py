@@ -10,7 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from rl_backspace.errors import UserError
 from rl_backspace.semantics import Budget, Machine, Rules
 from rl_backspace.tasks import Row, Task
 
@@ -57,18 +59,20 @@ class Expert:
     def alive(self, visible: Sequence[int]) -> bool:
         """Whether an answer that starts like this can still come right."""
         key = tuple(visible)
+        if list(key) == self.gold[: len(key)]:
+            return True
         if key not in self._alive:
-            reference = list(key) == self.gold[: len(key)]
-            self._alive[key] = reference or (
-                all(map(self._is_shown, key)) and self.teacher.task.alive(self.row, self.teacher.text(list(key)))
-            )
+            text = self.teacher.text(list(key))
+            self._alive[key] = self._all_shown(list(key)) and bool(self.teacher.task.alive(self.row, text))
         return self._alive[key]
 
-    def _is_shown(self, token: int) -> bool:
-        """Whether a token can be read or is the reference's; one that texts leave out would be right anywhere."""
-        if token not in self._shown:
-            self._shown[token] = token in self.gold or bool(self.teacher.text([token]))
-        return self._shown[token]
+    def _all_shown(self, visible: list[int]) -> bool:
+        """Whether each token can be read or is the reference's; one that texts leave out would be right anywhere."""
+        text = self.teacher.text
+        for token in set(visible).difference(self._shown, self.gold):
+            self._shown[token] = bool(text([token]))
+        silent = (i for i, token in enumerate(visible) if not self._shown.get(token, True))
+        return all(text(visible[: i + 1]) != text(visible[:i]) for i in silent)  # a space may show after a word only
 
     def right(self, visible: Sequence[int], token: int) -> bool:
         """Whether typing this token after an alive prefix keeps it alive or ends it well."""
@@ -120,17 +124,21 @@ class Expert:
         if here == self.gold[: len(here)] and len(here) < len(self.gold):
             return self.gold[len(here) :]
         task, text = self.teacher.task, self.teacher.text(here)
-        whole = self.row["answer"].strip()
+        whole: Any = self.row["answer"].strip()
         if task.complete:
-            whole = task.complete(self.row, text, rng) or ""
+            whole = task.complete(self.row, text, rng)
+            if not isinstance(whole, str | None):
+                raise UserError(f"task: its complete returned {whole!r}; expected a whole answer as text, or None")
         elif task.correct(self.row, text):
             whole = text
         else:
             text = text.lstrip()  # white space in front is no error
-        if not whole.startswith(text):
+        if whole is None or not whole.startswith(text):
             return None
         rest = [*self.teacher.tokens(whole[len(text) :]), self.teacher.eos]
-        return rest if self.right(here, rest[0]) else None
+        # what it says is not trusted, and tokens of a rest may make another text than the rest of the tokens
+        right = self.right(here, rest[0]) and self.right([*here, *rest[:-1]], self.teacher.eos)
+        return rest if right else None
 
     def act(self, machine: Machine, own: int, rng: random.Random) -> int | None:
         """What to do in this state, None where nothing helps.

@@ -155,6 +155,9 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
         raise UserError(f"task: {fn} raised {one_line(error)}") from error
     if not isinstance(task, Task):
         raise UserError(f"task.fn: {fn!r} returned {type(task).__name__}; expected rl_backspace.tasks.Task")
+    for name, kind in (("typo_rate", float), ("ceiling", float | None)):
+        if problem := type_problem(kind, getattr(task, name)):
+            raise UserError(f"task: {fn} gave a {name}: {problem}")
     train, test = _rows(task.train, fn), _rows(task.test, fn)
     if not train or not test:
         counts = f"{len(train)} train and {len(test)} test rows"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from rl_backspace.policy import Policy
 from rl_backspace.scoring import batched, distributions, pack
 from rl_backspace.tasks import Row
 
-CHUNK = 32  # answers scored at once: each takes a distribution over the whole vocabulary for every token
+CHUNK = 2**26  # numbers at once: each token of an answer takes a distribution over the whole vocabulary
 LIKELIEST = 16  # a wrong token that is less likely than so many others tempts nobody
 
 
@@ -74,10 +76,10 @@ class Asker:
     def _tempt(self, entries: list[Entry]) -> None:
         """Along each reference answer, the likeliest wrong token where entropy is high, and how it would go on."""
         begun = []
-        for first in range(0, len(entries), CHUNK):
-            chunk = entries[first : first + CHUNK]
+        for chunk in chunks(entries, self.engine.backbone.config.vocab_size, lambda entry: len(entry.expert.gold)):
             for entry, places in zip(chunk, self._uncertain(chunk), strict=True):
-                begun += [(entry, [*entry.expert.gold[:depth], wrong]) for depth, wrong in places]
+                taken = sorted(random.Random(f"{entry.prompt}").sample(places, min(self.group, len(places))))
+                begun += [(entry, [*entry.expert.gold[:depth], wrong]) for depth, wrong in taken]
         for entry, attempt in begun:
             entry.attempts.append(attempt)
         late, most = self.config.late, self.engine.backbone.max_length
@@ -89,7 +91,7 @@ class Asker:
             attempt += rollout.visible
 
     @torch.no_grad()
-    def _uncertain(self, entries: list[Entry]) -> Iterator[list[tuple[int, int]]]:
+    def _uncertain(self, entries: Sequence[Entry]) -> Iterator[list[tuple[int, int]]]:
         """For each entry, the depths at which the model's choice is uncertain, each with the likeliest wrong token."""
         model, rules = self.policy.model, self.policy.rules
         answers = [entry.expert.gold for entry in entries]
@@ -114,6 +116,23 @@ class Asker:
         """Whether a token can be typed here by mistake: it leaves nothing alive, and a delete can still follow."""
         rules = self.policy.rules
         return token not in rules.eos and token not in rules.deletes and not expert.alive([*right, token])
+
+
+T = TypeVar("T")
+
+
+def chunks(items: Sequence[T], vocab_size: int, length: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """The items in order, as many at a time as fit: each takes `length` distributions over `vocab_size` tokens."""
+    chunk: list[T] = []
+    longest = 0
+    for item in items:
+        longest = max(longest, length(item))
+        if chunk and (len(chunk) + 1) * longest * vocab_size > CHUNK:
+            yield chunk
+            chunk, longest = [], length(item)
+        chunk.append(item)
+    if chunk:
+        yield chunk
 
 
 def entropy(logprobs: Tensor) -> Tensor:

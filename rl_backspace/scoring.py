@@ -129,7 +129,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, bu
         keep,
         torch.tensor([row * keep + slot + 1 for row, slot, _ in found], device=device),
         tuple(torch.tensor(illegal_pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)),  # type: ignore[arg-type]
-        torch.tensor(choices, device=device),
+        torch.tensor(choices, dtype=torch.long, device=device),
         input_ids[:, start:],
     )
 

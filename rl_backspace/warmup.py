@@ -134,11 +134,15 @@ class WarmupTrainer(Trainer):
     @torch.no_grad()
     def _reference(self, model: Any, packed: Packed) -> Tensor:
         """The base model's logits (R, keep, V)."""
-        if self.base is not None:
-            return packed_logits(self.base, packed)
-        adapted = self.accelerator.unwrap_model(model)
-        with adapted.disable_adapter():
-            return packed_logits(adapted, packed)
+        with self.accelerator.autocast():  # in the precision of the policy's own forward
+            if self.base is not None:
+                return packed_logits(self.base, packed)
+            adapted = self.accelerator.unwrap_model(model)
+            adapted.eval()
+            with adapted.disable_adapter():
+                logits = packed_logits(adapted, packed)
+            adapted.train()
+            return logits
 
 
 class Refresh(TrainerCallback):
@@ -148,7 +152,8 @@ class Refresh(TrainerCallback):
         self.every, self.refresh = every, refresh
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if state.global_step % self.every == 0 and not over:
             self.refresh(state.global_step)
 
 
@@ -156,7 +161,7 @@ def make_corrector(policy: Policy, task: Task, budget: Budget, config: Warmup) -
     """A corrector whose wrong tokens are those that the task's own answers are made of."""
     eos = policy.tokenizer.eos_token_id
 
-    @functools.lru_cache(maxsize=100_000)
+    @functools.lru_cache(maxsize=10_000)
     def tokens(text: str) -> tuple[int, ...]:
         return tuple(policy.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -180,7 +185,7 @@ def make_corrections(
 def first_corrections(
     policy: Policy, task: Task, budget: Budget, config: Warmup, seed: int, count: int
 ) -> list[tuple[Row, Correction]]:
-    """The corrections of the first `count` prompts of a warm-up, with the rows that they are made of."""
+    """Corrections of `count` prompts such as a warm-up begins with, and the rows that they are made of."""
     dataset, asker = make_corrections(policy, task, budget, config, count, seed)
     dataset.refresh(asker, 0)
     examples = (example for index in range(count) for example in dataset[index])
@@ -199,7 +204,8 @@ def warm_up(
     """Train `policy.model` in place for `args.max_steps` steps; the delete token's measures as a detector afterwards.
 
     Args:
-        on_diagnosis: told of the same measures (`detector.diagnose`) at each refresh, with the step.
+        on_diagnosis: told of the same measures (`detector.diagnose`) at each refresh, with the step. They are empty
+            where the task tells no errors, and the last ones where training was interrupted.
     """
     size = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     dataset, asker = make_corrections(policy, task, budget, config, size, args.seed)
@@ -215,6 +221,8 @@ def warm_up(
     trainer = WarmupTrainer(policy, budget, args, dataset, [*callbacks, Refresh(config.refresh, refresh)], config.beta)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if trainer.state.global_step < args.max_steps:  # interrupted: what was learned is to be saved now
+        return {}
     found = diagnose(measurer, examiner, task.test[: 2 * HELD_OUT], args.seed)
     on_diagnosis(trainer.state.global_step, found)
     return found

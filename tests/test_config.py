@@ -108,7 +108,10 @@ def test_a_letter_too_few_is_recognised(key: str, data: st.DataObject) -> None:
             "warmup.sources: the weights {'random': 0.0, 'early': 0.0} sum to nothing; give one of random, early, "
             "samples, uncertain, rollouts a weight above 0",
         ),
-        ({"warmup": {"temperature": 0}}, "warmup.temperature: expected a number greater than 0; got 0 (int)"),
+        (
+            {"warmup": {"temperature": 0}},
+            "warmup.temperature: expected a number greater than or equal to 0.01; got 0 (int)",
+        ),
         ({"delete": {"memory": "forget"}}, "delete.memory: expected 'erase', 'keep' or 'hint'; got 'forget' (str)"),
         ({"lora": {"target_modules": ["q", 3]}}, "lora.target_modules.1: expected a valid string; got 3 (int)"),
         ({"trainer": {"learning_rate": "fast"}}, "trainer.learning_rate: expected a valid number; got 'fast' (str)"),

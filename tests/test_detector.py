@@ -11,12 +11,13 @@ import pytest
 import torch
 from teachers import BUDGET, EOS, TASKS, UNITS, bigrams, played_by_chance, rules, teacher, text, tiny_policy, typed
 
+from rl_backspace import pool
 from rl_backspace.config import Warmup
 from rl_backspace.corrections import SOURCES, Corrector
 from rl_backspace.detector import State, ages, diagnose, observe, summarise
 from rl_backspace.engine import Engine
 from rl_backspace.policy import Policy
-from rl_backspace.pool import CHUNK, Asker, Entry
+from rl_backspace.pool import Asker, Entry
 from rl_backspace.semantics import Budget, Memory, Retry
 from rl_backspace.tasks import Task, signs
 from rl_backspace.warmup import make_corrector
@@ -139,7 +140,10 @@ def test_equal_probabilities_tell_nothing(probability: float) -> None:
 
 @pytest.mark.parametrize("retry", get_args(Retry))
 @pytest.mark.parametrize("memory", get_args(Memory))
-def test_what_is_observed_equals_each_state_scored_alone(memory: Memory, retry: Retry) -> None:
+def test_what_is_observed_equals_each_state_scored_alone(
+    memory: Memory, retry: Retry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "CHUNK", 10 * 6 * 128)  # more than one chunk
     policy = tiny_policy(memory, retry, ("token", "answer"))
     with torch.no_grad():
         policy.model.get_output_embeddings().weight[sorted(policy.rules.deletes)] *= 3
@@ -147,7 +151,7 @@ def test_what_is_observed_equals_each_state_scored_alone(memory: Memory, retry: 
     asker, _ = examiner(policy, task)
     prompts = policy.encode([row["prompt"] for row in task.train])
     traces = []
-    for i in range(CHUNK + 3):
+    for i in range(35):
         entry = Entry(prompts[i % 5], asker.teacher.expert(task.train[i % 5]))
         traces.append((entry, played_by_chance(entry.expert, random.Random(i), 6).trace))
     policy.model.train()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any, get_args
 
 import naive
@@ -12,7 +13,7 @@ from rl_backspace.config import Warmup
 from rl_backspace.engine import Engine
 from rl_backspace.keyboard import Keyboard, keyboard_of
 from rl_backspace.policy import Policy
-from rl_backspace.pool import CHUNK, LIKELIEST, Asker, Entry, entropy
+from rl_backspace.pool import LIKELIEST, Asker, Entry, entropy
 from rl_backspace.semantics import Budget, Memory, Unit, replay
 from rl_backspace.tasks import Task, signs, typos
 from rl_backspace.warmup import make_corrector
@@ -137,10 +138,10 @@ def wrong_token(its: Asker, entry: Entry, depth: int) -> tuple[float, int | None
 @pytest.mark.parametrize("memory", get_args(Memory))
 def test_an_uncertain_choice_is_one_of_high_entropy_along_the_reference(memory: Memory, late: int, noisy: bool) -> None:
     """All of those and no other: the reference, the likeliest wrong token, and as much as is noticed late."""
-    task = typos(3, 0.3, train=CHUNK + 3, test=1) if noisy else signs(4, train=CHUNK + 3, test=1)
+    task = typos(3, 0.3, train=35, test=1) if noisy else signs(4, train=35, test=1)
     policy = tiny_policy(memory, units=("token", "answer"))
     policy.model.train()
-    its = asker(policy, task, keyboard=keyboard_of(task, policy), late=late, entropy=4.3)
+    its = replace(asker(policy, task, keyboard=keyboard_of(task, policy), late=late, entropy=4.3), group=10)
     found = {id(entry.expert.row): entry for entry in asked(its, "uncertain", task.train)}
     assert policy.model.training
     policy.model.eval()

@@ -33,8 +33,8 @@ class Task:
         alive: (row, visible text) -> whether the text can still become a right answer. Where only the
             reference is known (the default), the first deviation from it is the error.
         complete: (row, visible text that is alive, rng) -> a right answer that starts with it, drawn as reference
-            answers are, or None where there is none. Without it, one is found by asking `alive` token by token, which
-            is slower, and teaches a policy to type whatever is right rather than what it would.
+            answers are, or None where there is none; one that is not right is passed over. Without it, one is found
+            by asking `alive` token by token, which is slower, and as likely to find an odd one as a usual one.
         typo_rate: share of typed tokens that the keyboard swaps for another one (`keyboard`).
         ceiling: highest accuracy that a policy can have without deleting, where that is known.
     """
