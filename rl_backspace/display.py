@@ -154,7 +154,7 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> 
     """One action as a person reads it, on one line."""
     if token in rules.deletes:
         return "⌫" if len(rules.deletes) == 1 else f"⌫{rules.deletes[token]} "
-    return "⏎" if token in rules.eos else tokenizer.decode([token]).replace("\n", "↵")
+    return "⏎" if token in rules.eos else tokenizer.decode([token]).replace("\n", "↵") or f"[{token}]"
 
 
 def _accuracy(result: dict[str, Any]) -> str:

@@ -132,7 +132,12 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         folder,
         base,
         seed=3,
-        warmup={"steps": 60, "clean": 0.2, "trainer": {"per_device_train_batch_size": 16, "learning_rate": 1e-2}},
+        warmup={
+            "steps": 60,
+            "clean": 0.2,
+            "sources": {"random": 1.0},
+            "trainer": {"per_device_train_batch_size": 16, "learning_rate": 1e-2},
+        },
         rewards={
             "delete_cost": {"fn": "delete_cost:flat", "weight": 0.5},
             "loop_penalty": {"fn": "loop_penalty:repeats"},
@@ -182,7 +187,10 @@ def test_versions_and_seed_are_kept(run: Path) -> None:
 
 def test_metrics_hold_every_step_and_every_reward_term(run: Path) -> None:
     metrics = lines(run / "metrics.jsonl")
-    assert {record["phase"] for record in metrics} == {"warm-up", "grpo", "evaluation"}
+    assert {record["phase"] for record in metrics} == {"warm-up", "detector", "grpo", "evaluation"}
+    measured = [record for record in metrics if record["phase"] == "detector"]
+    assert [record["step"] for record in measured] == [0, 60]  # before and after, and at each refresh between
+    assert all(set(record) >= {"random", "early", "samples", "uncertain", "rollouts"} for record in measured)
     steps = [record for record in metrics if record["phase"] == "grpo" and "reward" in record]
     assert [record["step"] for record in steps] == [1, 2, 3]
     weights = {"correct": 1.0, "delete_cost": 0.5, "loop_penalty": 1.0, "length": 0.0}
@@ -427,7 +435,7 @@ def assert_fields_agree(record: dict[str, Any], deletes: dict[int, Unit], retry:
     keys[tokenizer.eos_token_id] = "⏎"
 
     def read(token: int) -> str:
-        return keys.get(token) or tokenizer.decode([token]).replace("\n", "↵")
+        return keys.get(token) or tokenizer.decode([token]).replace("\n", "↵") or f"[{token}]"  # a row with no text
 
     actions, targets, learn = record["actions"], record["targets"], record["learn"]
     assert len(actions) == len(targets) == len(learn) == len(record["learned"])
