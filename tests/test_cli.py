@@ -502,7 +502,14 @@ def test_corrections_are_printed_with_what_is_learned_below(here: Path, base: Pa
         marks, source = learned[: len(typed)], learned[len(typed) :].strip()
         assert source == (record["source"] or "no error")
         told = zip(record["learned"], record["actions"], record["targets"], strict=True)
-        expected = ["." if text is None else "^" if action == target else text for text, action, target in told]
+        expected = [
+            "." * (1 if action < CHARACTERS + 1 else len(f"[{action}]"))  # a row with no text shows its number
+            if text is None
+            else "^"
+            if action == target
+            else text
+            for text, action, target in told
+        ]
         assert marks == " " * (len(record["prompt"]) + 1) + "".join(expected)
 
 
