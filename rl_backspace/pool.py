@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from rl_backspace.config import Warmup
 from rl_backspace.corrections import Source
 from rl_backspace.engine import Engine, Sampling
 from rl_backspace.expert import Expert, Teacher
 from rl_backspace.policy import Policy
-from rl_backspace.scoring import batched, distributions, pack
+from rl_backspace.scoring import batched, distributions, entropy_of, pack
 from rl_backspace.tasks import Row
 
 CHUNK = 2**26  # numbers at once: each token of an answer takes a distribution over the whole vocabulary
@@ -102,7 +101,7 @@ class Asker:
         model.eval()
         logprobs = distributions(model, packed)
         model.train(was_training)
-        entropies = entropy(logprobs)[packed.choices].tolist()
+        entropies = entropy_of(logprobs)[packed.choices].tolist()
         likeliest = logprobs.topk(min(LIKELIEST, logprobs.shape[-1])).indices[packed.choices].tolist()
         for entry, answer, found, tokens in zip(entries, answers, entropies, likeliest, strict=True):
             places = []
@@ -133,8 +132,3 @@ def chunks(items: Sequence[T], vocab_size: int, length: Callable[[T], int]) -> I
         chunk.append(item)
     if chunk:
         yield chunk
-
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """Entropies (n,) in nats of log-probabilities (n, V), some of which may be -inf."""
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)

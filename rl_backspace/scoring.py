@@ -222,8 +222,12 @@ def action_logprobs(
     if not entropy:
         return chosen, None
     with torch.no_grad():
-        entropies = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
-        return chosen, entropies[packed.choices]
+        return chosen, entropy_of(logprobs)[packed.choices]
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Entropies (n,) in nats of log-probabilities (n, V), some of which may be -inf."""
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
 
 
 def typing_divergence(logits: Tensor, reference: Tensor, packed: Packed, deletes: Sequence[int]) -> Tensor:

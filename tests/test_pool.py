@@ -13,7 +13,8 @@ from rl_backspace.config import Warmup
 from rl_backspace.engine import Engine
 from rl_backspace.keyboard import Keyboard, keyboard_of
 from rl_backspace.policy import Policy
-from rl_backspace.pool import LIKELIEST, Asker, Entry, entropy
+from rl_backspace.pool import LIKELIEST, Asker, Entry
+from rl_backspace.scoring import entropy_of
 from rl_backspace.semantics import Budget, Memory, Unit, replay
 from rl_backspace.tasks import Task, signs, typos
 from rl_backspace.warmup import make_corrector
@@ -202,4 +203,4 @@ def test_entropy_of_what_may_be_impossible() -> None:
     logits[0, 3] = logits[1, :7] = -torch.inf
     logprobs = logits.log_softmax(-1)
     expected = [-sum(p * torch.tensor(p).log().item() for p in row if p > 0) for row in logprobs.exp().tolist()]
-    assert entropy(logprobs).tolist() == pytest.approx(expected, abs=1e-5)
+    assert entropy_of(logprobs).tolist() == pytest.approx(expected, abs=1e-5)
