@@ -42,7 +42,7 @@ class State:
 def diagnose(asker: Asker, corrector: Corrector, rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """The detector's measures (`summarise`) for each source of errors, on held-out rows; the same ones each time.
 
-    None where the task cannot tell an error from another right answer.
+    Empty where the task cannot tell an error from another right answer.
     """
     prompts = asker.policy.encode([row["prompt"] for row in rows])
     asker.generator.manual_seed(seed)

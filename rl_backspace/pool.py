@@ -11,10 +11,11 @@ import torch
 
 from rl_backspace.config import Warmup
 from rl_backspace.corrections import Source
-from rl_backspace.engine import Engine, Sampling
+from rl_backspace.engine import Engine, Rollout, Sampling
 from rl_backspace.expert import Expert, Teacher
 from rl_backspace.policy import Policy
 from rl_backspace.scoring import batched, distributions, entropy_of, pack
+from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row
 
 CHUNK = 2**26  # numbers at once: each token of an answer takes a distribution over the whole vocabulary
@@ -50,27 +51,22 @@ class Asker:
         """An entry for each prompt that the source has something for; prompts are token ids."""
         entries = [Entry(prompt, self.teacher.expert(row)) for row, prompt in zip(rows, prompts, strict=True)]
         if source == "rollouts":
-            self._roll_out(entries)
+            for entry, rollout in self._roll_out(entries, self.teacher.budget):
+                entry.attempts.append(rollout.actions)
             return entries
         if source == "samples":
-            self._sample(entries)
+            for entry, rollout in self._roll_out(entries, replace(self.teacher.budget, deletes=0)):
+                entry.attempts.append(rollout.visible)
         elif source == "uncertain":
             self._tempt(entries)
         return [entry for entry in entries if any(entry.expert.first_error(a) is not None for a in entry.attempts)]
 
-    def _roll_out(self, entries: list[Entry]) -> None:
+    def _roll_out(self, entries: list[Entry], budget: Budget) -> Iterator[tuple[Entry, Rollout]]:
+        """A group of rollouts of each prompt."""
         asked = [entry for entry in entries for _ in range(self.group)]
         sampling = Sampling(self.config.temperature)
-        rollouts = self.engine.run([entry.prompt for entry in asked], self.teacher.budget, sampling, self.generator)
-        for entry, rollout in zip(asked, rollouts, strict=True):
-            entry.attempts.append(rollout.actions)
-
-    def _sample(self, entries: list[Entry]) -> None:
-        asked = [entry for entry in entries for _ in range(self.group)]
-        blocked, sampling = replace(self.teacher.budget, deletes=0), Sampling(self.config.temperature)
-        rollouts = self.engine.run([entry.prompt for entry in asked], blocked, sampling, self.generator)
-        for entry, rollout in zip(asked, rollouts, strict=True):
-            entry.attempts.append(rollout.visible)
+        rollouts = self.engine.run([entry.prompt for entry in asked], budget, sampling, self.generator)
+        return zip(asked, rollouts, strict=True)
 
     def _tempt(self, entries: list[Entry]) -> None:
         """Along each reference answer, the likeliest wrong token where entropy is high, and how it would go on."""
