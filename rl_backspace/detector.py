@@ -17,7 +17,6 @@ import torch
 from rl_backspace.corrections import FROM_MODEL, SOURCES, Corrector, Source
 from rl_backspace.expert import Expert
 from rl_backspace.pool import Asker, Entry, chunks
-from rl_backspace.scoring import batched, distributions, pack
 from rl_backspace.semantics import Machine
 from rl_backspace.tasks import Row
 
@@ -68,26 +67,19 @@ def _traces(
                 yield entry, corrector.make(entry.expert, source, rng, entry.attempts).actions
 
 
-@torch.no_grad()
 def observe(asker: Asker, traces: Sequence[tuple[Entry, list[int]]]) -> list[State]:
     """The states of some traces in which a delete was legal, with the policy's probability of one."""
-    model, rules, budget = asker.policy.model, asker.policy.rules, asker.teacher.budget
-    deletes = torch.tensor(sorted(rules.deletes), device=asker.engine.backbone.device)
-    was_training = model.training
-    model.eval()
+    deletes = torch.tensor(sorted(asker.policy.rules.deletes), device=asker.engine.backbone.device)
     states = []
     for chunk in chunks(traces, asker.engine.backbone.config.vocab_size, lambda trace: len(trace[1])):
         prompts, actions = [entry.prompt for entry, _ in chunk], [trace for _, trace in chunk]
-        ids, real = batched(prompts, actions, asker.policy.tokenizer.pad_token_id)
-        packed = pack(ids.to(deletes.device), real, max(map(len, actions)), rules, budget)
-        logprobs = distributions(model, packed)
-        probabilities = logprobs[:, deletes].exp().sum(-1)[packed.choices].tolist()
-        pressed = torch.isin(logprobs.argmax(-1), deletes)[packed.choices].tolist()
+        logprobs, choices = asker.distributions(prompts, actions, asker.teacher.budget)
+        probabilities = logprobs[:, deletes].exp().sum(-1)[choices].tolist()
+        pressed = torch.isin(logprobs.argmax(-1), deletes)[choices].tolist()
         for i, (entry, trace) in enumerate(chunk):
             for step, age in enumerate(ages(entry.expert, trace)):
                 if age is not None:
                     states.append(State(probabilities[i][step], pressed[i][step], age))
-    model.train(was_training)
     return states
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from rl_backspace.config import Warmup
 from rl_backspace.corrections import Source
@@ -86,19 +87,27 @@ class Asker:
             attempt += rollout.visible
 
     @torch.no_grad()
-    def _uncertain(self, entries: Sequence[Entry]) -> Iterator[list[tuple[int, int]]]:
-        """For each entry, the depths at which the model's choice is uncertain, each with the likeliest wrong token."""
-        model, rules = self.policy.model, self.policy.rules
-        answers = [entry.expert.gold for entry in entries]
-        ids, real = batched([entry.prompt for entry in entries], answers, self.policy.tokenizer.pad_token_id)
-        steps = max(map(len, answers))
-        packed = pack(ids.to(self.engine.backbone.device), real, steps, rules, replace(self.teacher.budget, deletes=0))
+    def distributions(
+        self, prompts: Sequence[list[int]], traces: Sequence[list[int]], budget: Budget
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (U, V) at each distinct choice of some traces, and which choice each action was (B, K)."""
+        model = self.policy.model
+        ids, real = batched(prompts, traces, self.policy.tokenizer.pad_token_id)
+        ids = ids.to(self.engine.backbone.device)
+        packed = pack(ids, real, max(map(len, traces)), self.policy.rules, budget)
         was_training = model.training
         model.eval()
         logprobs = distributions(model, packed)
         model.train(was_training)
-        entropies = entropy_of(logprobs)[packed.choices].tolist()
-        likeliest = logprobs.topk(min(LIKELIEST, logprobs.shape[-1])).indices[packed.choices].tolist()
+        return logprobs, packed.choices
+
+    def _uncertain(self, entries: Sequence[Entry]) -> Iterator[list[tuple[int, int]]]:
+        """For each entry, the depths at which the model's choice is uncertain, each with the likeliest wrong token."""
+        answers = [entry.expert.gold for entry in entries]
+        blocked = replace(self.teacher.budget, deletes=0)
+        logprobs, choices = self.distributions([entry.prompt for entry in entries], answers, blocked)
+        entropies = entropy_of(logprobs)[choices].tolist()
+        likeliest = logprobs.topk(min(LIKELIEST, logprobs.shape[-1])).indices[choices].tolist()
         for entry, answer, found, tokens in zip(entries, answers, entropies, likeliest, strict=True):
             places = []
             for depth in range(len(answer)):
