@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Context, Decimal, InvalidOperation
 from typing import Any
+
+_LENIENT = Context(traps=[])  # an answer may be any number; one out of range is infinitely far from the reference
 
 
 def checked(
@@ -27,12 +30,17 @@ def exact(completions: Sequence[Any], answer: Sequence[str], ends: Sequence[str]
 def numeric(
     completions: Sequence[Any], answer: Sequence[str], ends: Sequence[str], tolerance: float = 0.0, **_: Any
 ) -> list[float | None]:
-    """1 when a finished answer is a number within `tolerance` of the reference; None where that is no number."""
+    """1 when a finished answer is a number within `tolerance` of the reference; None where that is no number.
+
+    Decimal and exact: with a tolerance of 0 integers of any length differ when one digit does.
+    """
     return [
         None
         if (expected := _number(reference)) is None
         else float(
-            end == "eos" and (got := _number(_text(completion))) is not None and abs(got - expected) <= tolerance
+            end == "eos"
+            and (got := _number(_text(completion))) is not None
+            and _LENIENT.subtract(got, expected).copy_abs() <= tolerance
         )
         for completion, reference, end in zip(completions, answer, ends, strict=True)
     ]
@@ -43,8 +51,10 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> Decimal | None:
+    """A finite number, else None."""
     try:
-        return float(text.strip().replace(",", ""))
-    except ValueError:
+        number = Decimal(text.strip().replace(",", ""))
+    except InvalidOperation:
         return None
+    return number if number.is_finite() else None

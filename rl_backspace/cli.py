@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models that can take it back: teach one when to press delete.",
 )
+rewards = typer.Typer(no_args_is_help=True, help="What an experiment's reward would teach.")
+app.add_typer(rewards, name="rewards")
 LAST_SEED = 2**32 - 1  # as in experiment files
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -43,12 +45,16 @@ def train(
     from rl_backspace.config import dump
 
     parsed = _parse(config, context.args)
-    folder = out or Path("runs") / parsed.name
     from rl_backspace.experiment import prepare
-    from rl_backspace.folder import policy_folder
+    from rl_backspace.folder import default_folder, policy_folder
     from rl_backspace.run import train as run
 
+    folder = out or default_folder(parsed)
     experiment = prepare(parsed, folder)
+    from rl_backspace.audit import heed
+
+    for warning in heed(experiment):
+        typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         typer.echo(dump(parsed), nl=False)
         typer.echo(f"# ok: would write {folder}", err=True)
@@ -104,6 +110,24 @@ def corrections(
         console.print(typed, style="bold", soft_wrap=True)
         console.print(f"{learned}  {correction.source or 'no error'}", style="dim", soft_wrap=True)
     console.print("^ learned as typed; . not learned; anything else is learned instead of what was typed", style="dim")
+
+
+@rewards.command(name="audit", context_settings=OVERRIDES)
+def audit_rewards(context: typer.Context, config: ConfigPath) -> None:
+    """Play known traces through the reward: does right earn most, and does nothing else pay? Exit code 1 if not."""
+    parsed = _parse(config, context.args)
+    from rl_backspace.audit import audit
+    from rl_backspace.display import audit_table, console
+    from rl_backspace.experiment import prepare
+
+    experiment = prepare(parsed, None)
+    found = audit(experiment)
+    console.print(audit_table(found, experiment.policy.tokenizer, experiment.policy.rules))
+    for violation in found.violations:
+        console.print(f"violated: {violation}", soft_wrap=True)
+    if found.violations:
+        raise typer.Exit(1)
+    console.print("nothing that should not pay does, at any point of training")
 
 
 @app.command(name="eval")
@@ -185,6 +209,37 @@ def pretrain(
     from rl_backspace.pretrain import pretrain as run
 
     run(parsed, out)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a sweep file in Weights & Biases' format")],
+    out: Annotated[Path | None, typer.Option(help="folder of the runs; default: runs/<the file's name>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    count: Annotated[int | None, typer.Option(min=1, help="most runs; default: the file's run_cap")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the runs, stop")] = False,
+) -> None:
+    """Run every combination of a sweep file, then compare them. The same command goes on where it was stopped.
+
+    With an account the same file works for `wandb sweep` and `wandb agent`.
+    """
+    from rl_backspace.sweep import run_sweep
+
+    raise typer.Exit(run_sweep(file, out, jobs, count, dry_run))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of runs")],
+    sort: Annotated[str | None, typer.Option(help="a column, highest first; default: accuracy.sampled")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="for tables and picture; default: the folder of runs, or compare")
+    ] = None,
+) -> None:
+    """Runs side by side, those that differ in the seed alone as one: a table, as CSV too, and a picture."""
+    from rl_backspace.compare import compare as show
+
+    show(runs, sort, out)
 
 
 def _parse(config: Path, arguments: list[str]) -> Any:

@@ -51,7 +51,10 @@ class Delete(Strict):
 class Lora(Strict):
     r: PositiveInt = Field(default=32, description="rank")
     alpha: PositiveInt = Field(default=64, description="scale of the update, times r")
-    dropout: Share = Field(default=0.0, description="dropout on the adapter's input; any makes the log-prob gap grow")
+    dropout: Share = Field(
+        default=0.0,
+        description="dropout on the adapter's input, in the warm-up; in RL too if trainer.disable_dropout is false",
+    )
     target_modules: str | list[str] = Field(default="all-linear", description="as in peft.LoraConfig")
 
 
@@ -81,6 +84,18 @@ class Warmup(Strict):
         description="weight of the KL term that keeps what is typed, deletes apart, near the base model's",
     )
     trainer: dict[str, Any] = Field(default={}, description="any field of transformers.TrainingArguments")
+
+
+class PPO(Strict):
+    """What `algorithm: ppo` takes besides `trainer`; the names are TRL's and the field's."""
+
+    gamma: Share = Field(default=1.0, description="discount per action")
+    lam: Share = Field(default=0.95, description="GAE's lambda: 1 trusts the rewards alone, 0 the critic")
+    vf_coef: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="weight of the value loss")
+    cliprange_value: Annotated[float, Field(gt=0)] | None = Field(
+        default=0.2, description="how far a value may move from the old one in an update; null: as far as it likes"
+    )
+    whiten: bool = Field(default=True, description="advantages with mean 0 and standard deviation 1 in each batch")
 
 
 class Reward(Strict):
@@ -113,13 +128,20 @@ class Config(Strict):
     """One experiment, from a base model to a policy that deletes."""
 
     name: Annotated[str, AfterValidator(_is_name)] = Field(description="the run's folder is runs/<name>")
-    model: str = Field(description="an embedded model (arith-1m, puzzles-1m), a hub id or a local path")
+    model: str = Field(
+        description="embedded (arith-1m, puzzles-1m), a hub id, a path, or a run (with {seed}) to go on from"
+    )
     task: Plugin
     rewards: dict[str, Reward] = Field(min_length=1)
     seed: Seed = 0
     delete: Delete = Delete()
     lora: Lora | None = Field(default=Lora(), description="null: train all parameters instead")
     warmup: Warmup = Warmup()
+    algorithm: Literal["grpo", "ppo"] = Field(default="grpo", description="what RL compares a rollout with")
+    ppo: PPO = PPO()
+    audit: Literal["warn", "strict", "skip"] = Field(
+        default="warn", description="whether a reward that can be farmed is told of before training, or refused"
+    )
     trainer: dict[str, Any] = Field(default={}, description="any field of trl.GRPOConfig")
     evaluation: Evaluation = Evaluation()
     wandb: Wandb | None = Field(default=None, description="log to wandb too")
@@ -159,7 +181,12 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would read as a number."""
 
 
-for _yaml in (_Loader, _Dumper):
+class _ArgumentLoader(_Loader):
+    """Takes Python's None too, which wandb's agent writes for null."""
+
+
+_ArgumentLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), ["N"])  # type: ignore[no-untyped-call]
+for _yaml in (_Loader, _Dumper, _ArgumentLoader):
     _yaml.add_implicit_resolver(  # type: ignore[attr-defined]
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
     )
@@ -208,7 +235,7 @@ def _override(content: dict[str, Any], argument: str) -> str | None:
             return f"override {argument!r}: {name} is {content[name]!r}, which has no keys"
         content = content[name]
     try:
-        content[names[-1]] = yaml.load(value, _Loader)
+        content[names[-1]] = yaml.load(value, _ArgumentLoader)
     except yaml.YAMLError:
         return f"override {argument!r}: {value!r} is not a YAML value"
     return None
@@ -369,6 +396,12 @@ UNSUPPORTED = {
 }
 
 
+NOT_PPO = {
+    "scale_rewards": "its advantages are scaled by ppo.whiten, not by groups",
+    "multi_objective_aggregation": "its advantages are scaled by ppo.whiten, not by groups",
+    "off_policy_mask_threshold": "it wants one advantage per rollout",
+    "mask_truncated_completions": "an episode that was cut short would have no end to learn from",
+}
 WARMUP_UNSUPPORTED = {
     "dataloader_num_workers": "corrections come from what the model does now, which workers would not see",
     "train_sampling_strategy": "corrections have no lengths before they are made",
@@ -449,6 +482,8 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
         )
     if delete is not None and "line" in delete.tokens.values() and not delete.boundary:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")
+    if content.get("algorithm") == "ppo":
+        problems += [f"trainer.{key}: not with ppo; {why}" for key, why in NOT_PPO.items() if trainer.get(key)]
     rewards = _part(dict[str, Reward], content.get("rewards"))
     if rl and rewards and all(reward.weight == 0 for reward in rewards.values()):
         problems.append("rewards: every weight is 0, so there is nothing to learn from; give one a weight")

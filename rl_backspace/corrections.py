@@ -98,7 +98,18 @@ class Corrector:
             return self._write(expert.gold, [], None)
         if source == "rollouts":
             return relabel(expert, attempts[0], rng) if attempts else self._write(expert.gold, [], None)
-        path, mistakes = self._plan(expert, source, rng, attempts)
+        return self.plant(expert, source, rng.randint(1, self.errors), rng, attempts)
+
+    def plant(
+        self,
+        expert: Expert,
+        source: Source,
+        count: int,
+        rng: random.Random,
+        attempts: Sequence[Sequence[int]] = (),
+    ) -> Correction:
+        """An example with `count` errors from a source, or as many as there are to make and fit the budget."""
+        path, mistakes = self._plan(expert, source, count, rng, attempts)
         return self._write(path, mistakes, source if mistakes else None)
 
     def _write(self, path: list[int], mistakes: list[Mistake], source: Source | None) -> Correction:
@@ -121,12 +132,12 @@ class Corrector:
         return Correction(machine.trace, machine.trace, learn, source, made)
 
     def _plan(
-        self, expert: Expert, source: Source, rng: random.Random, attempts: Sequence[Sequence[int]]
+        self, expert: Expert, source: Source, count: int, rng: random.Random, attempts: Sequence[Sequence[int]]
     ) -> tuple[list[int], list[Mistake]]:
         """A right answer and mistakes to make on the way, which together fit the budget."""
         path, mistakes = expert.gold, list[Mistake]()
         deletes = self.teacher.budget.deletes
-        for _ in range(rng.randint(1, self.errors)):
+        for _ in range(count):
             actions = self.teacher.budget.most_actions - len(path) - sum(mistake.cost for mistake in mistakes)
             presses = actions if deletes is None else deletes - sum(len(mistake.presses) for mistake in mistakes)
             for attempt in self._attempts(expert, source, path, rng, attempts):
@@ -216,7 +227,5 @@ def relabel(expert: Expert, trace: Sequence[int], rng: random.Random) -> Correct
 
 
 def _shuffled(alphabet: Sequence[int], rng: random.Random) -> Iterator[int]:
-    """Every token of the alphabet in random order; of a large one, a few draws first: one will do, mostly."""
-    for _ in range(8 if len(alphabet) > LONG else 0):
-        yield rng.choice(alphabet)
-    yield from rng.sample(alphabet, len(alphabet))
+    """The alphabet's tokens in random order; of a large one, not all: where few are wrong, another place will do."""
+    yield from rng.sample(alphabet, min(len(alphabet), LONG))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from rl_backspace.corrections import Correction
 from rl_backspace.semantics import Machine, Rules, replay, unlimited
 
+if TYPE_CHECKING:  # the audit needs an experiment, and the tables of others do not
+    from rl_backspace.audit import Audit
+
+EXAMPLE = 24  # characters of a trace in a table
 console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
 
 
@@ -97,6 +101,21 @@ def detector_table(found: dict[str, Any]) -> Table:
         shares += [measures["by_age"].get(age) for age in sorted(ages)]
         shares += [measures[key] for key in ("precision", "recall", "auc")]
         table.add_row(source, *("–" if share is None else f"{100 * share:.1f}" for share in shares))
+    return table
+
+
+def audit_table(audit: Audit, tokenizer: PreTrainedTokenizerBase, rules: Rules) -> Table:
+    """What known traces earn, the mean over prompts: in all as training begins and ends, and by term at its end."""
+    table = Table(title="what a rollout earns, weighted", caption=f"prompts {max(map(len, audit.earned.values()))}")
+    for column in ("rollout", "for example"):
+        table.add_column(column)
+    for column in ("at first", "in the end", *audit.terms):
+        table.add_column(column, justify="right")
+    for trace in audit.earned:
+        first, last = audit.mean(trace, 0), audit.mean(trace, len(audit.shares) - 1)
+        typed = "".join(token_text(token, tokenizer, rules) for token in audit.examples[trace].actions)
+        shown = typed if len(typed) <= EXAMPLE else f"{typed[: EXAMPLE - 1]}…"
+        table.add_row(trace, shown, *(f"{value:.3f}" for value in (sum(first), sum(last), *last)))
     return table
 
 

@@ -8,7 +8,7 @@ forward passes are spent on tokens that enter the context and on nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Rollout:
         deletes: how many actions were deletes.
         forward_passes: positions the network was evaluated at to choose the actions, the prompt's last one
             included: under `erase` the number of non-delete actions (plus one when the end is "stuck").
+        values: what the critic, if there is one, says of the state before each action.
     """
 
     prompt: list[int]
@@ -58,6 +59,7 @@ class Rollout:
     end: End
     deletes: int
     forward_passes: int
+    values: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -65,7 +67,8 @@ class _Row:
     index: int  # of the prompt, in the caller's order
     prompt: list[int]
     machine: Machine
-    logprobs: list[float]
+    logprobs: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     forward_passes: int = 1
 
     @property
@@ -83,6 +86,7 @@ class _Row:
             machine.end,
             machine.deleted,
             self.forward_passes,
+            self.values,
         )
 
 
@@ -94,16 +98,25 @@ class Engine:
         rules: the delete semantics.
         rows: how many rollouts run side by side; memory grows with it.
         keyboard: what the policy types on; it may swap what was chosen, also by greedy decoding.
+        critic: hidden states (n, H) -> values (n, 1), which rollouts record.
 
     Raises:
         UserError: the model's cache cannot rewind, with the reason.
     """
 
-    def __init__(self, model: nn.Module, rules: Rules, rows: int = 128, keyboard: Keyboard | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Rules,
+        rows: int = 128,
+        keyboard: Keyboard | None = None,
+        critic: nn.Module | None = None,
+    ):
         self.backbone = Backbone(model)
         self.rules = rules
         self.rows = rows
         self.keyboard = keyboard
+        self.critic = critic
         check(self.backbone)
 
     @torch.inference_mode()
@@ -143,7 +156,7 @@ class Engine:
         on_action: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[int, Rollout]]:
         batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
-        waiting = [_Row(i, list(prompt), Machine(self.rules, budget), []) for i, prompt in enumerate(prompts)][::-1]
+        waiting = [_Row(i, list(prompt), Machine(self.rules, budget)) for i, prompt in enumerate(prompts)][::-1]
         while waiting or batch.rows:
             batch.admit(waiting)
             feed = self._choose(batch, sampling, generator, on_action)
@@ -163,15 +176,18 @@ class Engine:
         feed = [0] * len(batch.rows)
         acting = list(range(len(batch.rows)))
         while acting:
-            actions, logprobs = self._sample(batch, acting, sampling, generator)
+            hidden = batch.anchors(acting)
+            actions, logprobs = self._sample(hidden, [batch.rows[i].machine for i in acting], sampling, generator)
+            values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
             again = []
-            for i, action, logprob in zip(acting, actions, logprobs, strict=True):
+            for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
                 row = batch.rows[i]
                 if action < 0:
                     row.machine.stop()
                     continue
                 enters = row.machine.step(action)
                 row.logprobs.append(logprob)
+                row.values += values[n : n + 1]
                 if on_action:
                     on_action(row.index, action)
                 if row.machine.end is not None:
@@ -184,13 +200,13 @@ class Engine:
         return feed
 
     def _sample(
-        self, batch: _Batch, acting: list[int], sampling: Sampling, generator: torch.Generator | None
+        self, hidden: Tensor, machines: list[Machine], sampling: Sampling, generator: torch.Generator | None
     ) -> tuple[list[int], list[float]]:
-        """One action and its log-probability per acting row; action -1 where none is legal."""
-        logits = self.backbone.logits(batch.anchors(acting))
+        """One action and its log-probability per hidden state (n, H); action -1 where none is legal."""
+        logits = self.backbone.logits(hidden)
         rows, tokens = [], []
-        for n, i in enumerate(acting):
-            illegal = batch.rows[i].machine.illegal()
+        for n, machine in enumerate(machines):
+            illegal = machine.illegal()
             rows += [n] * len(illegal)
             tokens += illegal
         if rows:

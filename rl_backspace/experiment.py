@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import os
 import random
 from dataclasses import dataclass
@@ -20,14 +18,13 @@ from rl_backspace.config import Config
 from rl_backspace.corrections import FROM_MODEL
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
-from rl_backspace.folder import refuse_existing
+from rl_backspace.folder import RunFolder, refuse_existing
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.plugins import load_task
-from rl_backspace.policy import Policy, create
+from rl_backspace.policy import Policy, create, load
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Task
-from rl_backspace.terms import Term, load_terms
-from rl_backspace.trainer import reward_inputs, visible_completions
+from rl_backspace.terms import Term, call, load_terms
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "bf16": False,
@@ -36,7 +33,12 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }
-GRPO_DEFAULTS: dict[str, Any] = {**TRAINER_DEFAULTS, "gradient_checkpointing": False, "logging_steps": 1}
+GRPO_DEFAULTS: dict[str, Any] = {
+    **TRAINER_DEFAULTS,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "disable_dropout": True,  # rollouts have none, so log-probs recomputed with it would be another policy's
+}
 WARMUP_DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
     "per_device_train_batch_size": 32,
@@ -91,14 +93,14 @@ def prepare(config: Config, out: Path | None) -> Experiment:
         if warmup_args is not None and config.warmup.steps:
             attempt(_check_precision, warmup_args, args)
     task = attempt(load_task, config.task.model_dump(), config.seed)
-    policy = attempt(create, config.model, config.delete, config.lora, config.seed)
+    policy = attempt(_policy, config)
     engine: Any = None
     if policy is not None:
         engine = attempt(Engine, policy.model, policy.rules)
         for name, its in (("trainer", args), ("warmup.trainer", warmup_args)):
             if its is not None:
                 attempt(_check_optimizer, its, policy.model, name)
-    terms = attempt(load_terms, config.rewards, task, policy.rules if policy else None)
+    terms = attempt(load_terms, config.rewards, task, policy)
     if problems:
         raise UserError("\n".join(problems))
     args.reward_weights = terms[1]
@@ -112,6 +114,30 @@ def prepare(config: Config, out: Path | None) -> Experiment:
         _check_prompts(experiment)
         _check_terms(experiment)
     return experiment
+
+
+def _policy(config: Config) -> Policy:
+    """A fresh policy, or that of a run to go on from.
+
+    Raises:
+        UserError: it cannot be made, or the run's policy is not what this config describes.
+    """
+    model = config.model.replace("{seed}", str(config.seed))
+    run = Path(model)
+    if not (run / "config.yaml").exists():
+        return create(model, config.delete, config.lora, config.seed)
+    folder = RunFolder.open(run)
+    before = folder.config()
+    for key, its, ours in (
+        ("delete", before.delete.model_copy(update={"budget": config.delete.budget}), config.delete),
+        ("lora", before.lora, config.lora),
+    ):
+        if its != ours:
+            raise UserError(
+                f"model: the run {run} was trained with {key} {its and its.model_dump()}, but here it is "
+                f"{ours and ours.model_dump()}; make them equal, or start from a base model"
+            )
+    return load(folder.policy, trainable=True)
 
 
 def action_budget(config: Config) -> Budget:
@@ -218,6 +244,11 @@ def _check_rows(experiment: Experiment, engine: Engine) -> None:
             raise UserError(f"delete.tokens: the answer {row['answer'][:40]!r} contains a delete token; name another")
         if not policy.rules.eos.isdisjoint(ids):
             raise UserError(f"task: the answer {row['answer'][:40]!r} contains a token that ends answers; take it out")
+        if task.ceiling is not None and task.typo_rate and len(ids) != len(row["answer"]):
+            raise UserError(
+                f"task: the ceiling counts a typo for each letter, but {row['answer'][:40]!r} is {len(ids)} tokens; "
+                "take a model whose tokenizer knows letters only, such as puzzles-1m"
+            )
         typed = policy.text(ids)
         if typed != row["answer"] and not task.correct(row, typed):
             raise UserError(
@@ -269,22 +300,4 @@ def _check_terms(experiment: Experiment) -> None:
     for row, prompt in zip(rows, policy.encode([row["prompt"] for row in rows]), strict=True):
         ids = [*policy.tokenizer(row["answer"], add_special_tokens=False).input_ids, policy.tokenizer.eos_token_id]
         rollouts.append(Rollout(prompt, ids, ids, [0.0] * len(ids), "eos", 0, len(ids)))
-    prompts = [row["prompt"] for row in rows]
-    inputs = {
-        "prompts": prompts,
-        "completions": visible_completions(rollouts, prompts, policy),
-        "completion_ids": [rollout.visible for rollout in rollouts],
-        "trainer_state": transformers.TrainerState(max_steps=max(1, experiment.args.max_steps)),
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: None,
-    }
-    entries = reward_inputs(rollouts, rows)
-    columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
-    for term in experiment.terms:
-        result = term(**inputs, **columns)
-        if inspect.isawaitable(result):
-            asyncio.run(_finish(result))
-
-
-async def _finish(awaitable: Any) -> Any:
-    return await awaitable
+    call(experiment.terms, rollouts, rows, policy, 0, max(1, experiment.args.max_steps))

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rl_backspace.config import Config, dump, parse, read_yaml
+from rl_backspace.config import Config, Wandb, dump, parse, read_yaml
 from rl_backspace.errors import UserError
 
 PACKAGES = ("rl-backspace", "torch", "transformers", "trl", "peft", "wandb", "numpy")
@@ -37,6 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, policy: Path):
         self.path, self.policy = path, policy
         self.mirror: Any = None  # a wandb run that gets every metric too
+        self._table: TraceTable | None = None  # and traces
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunFolder:
@@ -84,8 +85,10 @@ class RunFolder:
             self.mirror.log({f"{phase}/{key}": value for key, value in {"step": step, **values}.items()})
 
     def trace(self, record: Mapping[str, Any]) -> None:
-        """Append one line to traces.jsonl."""
+        """Append one line to traces.jsonl; wandb gets a table of them in the end."""
         self._append("traces.jsonl", record)
+        if self._table is not None:
+            self._table.add(record)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", summary)
@@ -94,22 +97,30 @@ class RunFolder:
 
     @contextlib.contextmanager
     def mirrored(self, config: Config) -> Iterator[None]:
-        """Log to wandb too while this lasts, if the config asks for it."""
-        if config.wandb is None:
+        """Log to wandb too while this lasts, if the config asks for it or wandb's agent started the run."""
+        if config.wandb is None and not _by_agent():
             yield
             return
         import wandb
 
-        settings = config.wandb.model_dump()
+        settings = (config.wandb or Wandb()).model_dump()
+        if _by_agent():  # the sweep has a project, and can only see what is online
+            settings |= {"project": None, "mode": None}
         try:
-            self.mirror = wandb.init(name=config.name, config=config.model_dump(), dir=self.path, **settings)
+            self.mirror = wandb.init(name=self.path.name, config=config.model_dump(), dir=self.path, **settings)
         except wandb.errors.Error as error:
             raise UserError(f"wandb: {str(error).splitlines()[0]}; set wandb.mode to offline to do without") from error
+        self._table = TraceTable()
+        failed = 1
         try:
             yield
+            failed = 0
         finally:
-            self.mirror.finish()
-            self.mirror = None
+            if self._table.records:
+                columns, rows = self._table.rows()
+                self.mirror.log({"traces": wandb.Table(columns, rows, allow_mixed_types=True)})
+            self.mirror.finish(exit_code=failed)
+            self.mirror = self._table = None
 
     def _append(self, file: str, record: Mapping[str, Any]) -> None:
         with open(self.path / file, "a", encoding="utf-8") as stream:
@@ -120,6 +131,45 @@ class RunFolder:
         temporary = self.path / f".{file}.tmp"
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.path / file)
+
+
+class TraceTable:
+    """Traces for wandb, `MOST_ROWS` of them at most: of every step, or of every n-th in a run with more."""
+
+    MOST_ROWS = 1000
+
+    def __init__(self) -> None:
+        self.records: list[Mapping[str, Any]] = []
+        self._every = 1
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        if record["step"] % self._every == 0:
+            self.records.append(record)
+        while len(self.records) > self.MOST_ROWS and len({record["step"] for record in self.records}) > 1:
+            self._every *= 2
+            self.records = [record for record in self.records if record["step"] % self._every == 0]
+        del self.records[self.MOST_ROWS :]
+
+    def rows(self) -> tuple[list[str], list[list[Any]]]:
+        """Column names and rows; a prompt of chat messages is its last one."""
+        rewards = list(self.records[0]["rewards"])
+        columns = ("step", "prompt", "typed", "visible", "end", "deletes")
+        texts = [
+            {**record, "prompt": p if isinstance(p := record["prompt"], str) else p[-1]["content"]}
+            for record in self.records
+        ]
+        rows = [[*(r[column] for column in columns), *(r["rewards"][name] for name in rewards)] for r in texts]
+        return [*columns, *(f"rewards/{name}" for name in rewards)], rows
+
+
+def default_folder(config: Config) -> Path:
+    """runs/<name>, and in a sweep of wandb's, where many runs have one name, runs/<name>-<the run's id>."""
+    return Path("runs") / (f"{config.name}-{os.environ['WANDB_RUN_ID']}" if _by_agent() else config.name)
+
+
+def _by_agent() -> bool:
+    """Whether `wandb agent` started this run."""
+    return {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys()
 
 
 def policy_folder(run: Path, config: Config) -> Path:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +33,34 @@ from rl_backspace.semantics import Rules, Unit
 
 EMBEDDED = Path(__file__).parent / "models"
 SEMANTICS_FILE = "delete.json"
+CRITIC_FILE = "critic.safetensors"
+
+
+class Critic(nn.Linear):
+    """PPO's value head: hidden states (..., H) -> values (..., 1), in float32; it starts at zero."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @classmethod
+    def like(cls, model: Any) -> Critic:
+        """One for a model's hidden states."""
+        base = model.get_input_embeddings()
+        return cls(model.config.get_text_config().hidden_size).to(base.weight.device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
+
+    def save(self, folder: Path) -> None:
+        save_file(self.state_dict(), folder / CRITIC_FILE)
+
+    def restore(self, folder: Path) -> None:
+        """The weights saved in a folder, where there are some."""
+        if (folder / CRITIC_FILE).exists():
+            self.load_state_dict(load_file(folder / CRITIC_FILE))
 
 
 @dataclass
@@ -41,11 +71,13 @@ class Policy:
         model: a PeftModel, or a plain model for one that is trained as a whole.
         tokenizer: with the delete tokens in its vocabulary.
         rules: what they do.
+        critic: what PPO learned of how states end, to go on from; None where it has not trained.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     rules: Rules
+    critic: Critic | None = None
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts: text, or lists of chat messages.
@@ -97,6 +129,8 @@ class Policy:
         else:
             self.model.save_pretrained(new, save_embedding_layers=False, selected_adapters=["default"])
         self.tokenizer.save_pretrained(new)
+        if self.critic is not None:
+            self.critic.save(new)
         (new / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
@@ -222,7 +256,11 @@ def load(folder: Path, trainable: bool = False) -> Policy:
             f"{folder}: no whole adapter or model of rl-backspace here ({one_line(error)}); "
             "expected RUN/adapter or RUN/model"
         ) from error
-    return Policy(model, tokenizer, rules)
+    policy = Policy(model, tokenizer, rules)
+    if (folder / CRITIC_FILE).exists():
+        policy.critic = Critic.like(model)
+        policy.critic.restore(folder)
+    return policy
 
 
 def _place(model: PreTrainedModel) -> PreTrainedModel:

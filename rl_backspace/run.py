@@ -1,4 +1,4 @@
-"""`train` from top to bottom: base model, correction warm-up, GRPO, and what changed."""
+"""`train` from top to bottom: base model, correction warm-up, RL, and what changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from rl_backspace.callbacks import Progress, StopOnInterrupt
-from rl_backspace.display import console, detector_table, last_message, results_table, strike
+from rl_backspace.display import console, detector_table, last_message, results_table, strike, token_text
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.evaluate import evaluate, is_right
@@ -24,6 +24,7 @@ from rl_backspace.experiment import REFUSALS, Experiment
 from rl_backspace.folder import RunFolder
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
+from rl_backspace.ppo import BackspacePPOTrainer
 from rl_backspace.tasks import Row
 from rl_backspace.trainer import BackspaceGRPOTrainer
 from rl_backspace.warmup import warm_up
@@ -58,7 +59,7 @@ def train(experiment: Experiment, out: Path) -> Path:
                 _raise_if(stop.asked)
             measure("before")
             if experiment.args.max_steps:  # 0 means no RL here, and other things to transformers
-                trainer = _grpo(experiment, folder, stop)
+                trainer = _rl(experiment, folder, stop)
                 trainer.train()
                 policy.save(folder.policy)
                 _raise_if(stop.asked)
@@ -115,8 +116,8 @@ def _warm_up(experiment: Experiment, folder: RunFolder, callbacks: list[TrainerC
     )
 
 
-def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> BackspaceGRPOTrainer:
-    names = list(experiment.config.rewards)
+def _rl(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> BackspaceGRPOTrainer:
+    names, policy = list(experiment.config.rewards), experiment.policy
 
     def keep_traces(rollouts: list[Rollout], rows: list[Row], rewards: Tensor) -> None:
         every = max(1, len(rollouts) // TRACES_PER_STEP)
@@ -126,7 +127,8 @@ def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> B
                 "step": trainer.state.global_step,
                 "prompt": rows[i]["prompt"],
                 "actions": rollout.actions,
-                "visible": experiment.policy.text(rollout.visible),
+                "typed": "".join(token_text(action, policy.tokenizer, policy.rules) for action in rollout.actions),
+                "visible": policy.text(rollout.visible),
                 "end": rollout.end,
                 "deletes": rollout.deletes,
                 "rewards": dict(zip(names, [None if r != r else r for r in rewards[i].tolist()], strict=True)),
@@ -135,8 +137,12 @@ def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> B
 
     prompts = [row["prompt"] for row in experiment.task.train]
     dataset = datasets.Dataset.from_dict({"prompt": prompts, "row": list(range(len(prompts)))})
+    trainer: BackspaceGRPOTrainer
+    make: Any = BackspaceGRPOTrainer
+    if experiment.config.algorithm == "ppo":
+        make = partial(BackspacePPOTrainer, ppo=experiment.config.ppo)
     try:
-        trainer = BackspaceGRPOTrainer(
+        trainer = make(
             experiment.policy,
             experiment.task,
             experiment.budget,
@@ -144,7 +150,7 @@ def _grpo(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> B
             experiment.args,
             dataset,
             on_rollouts=keep_traces,
-            callbacks=[Progress("grpo", folder), stop],
+            callbacks=[Progress("rl", folder), stop],
         )
     except REFUSALS as error:  # what TRL only finds out here
         raise UserError(f"trainer: {one_line(error)}") from error
@@ -188,7 +194,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     policy = experiment.policy
     console.print()
     console.print(results_table(stages, experiment.task.ceiling))
-    legend = {"base": "before any training", "before": "after the correction warm-up", "after": "after GRPO"}
+    legend = {"base": "before any training", "before": "after the correction warm-up", "after": "after RL"}
     console.print("; ".join(f"{stage}: {when}" for stage, when in legend.items() if stage in stages), style="dim")
     if summary["detector"]:
         console.print(detector_table(summary["detector"]))

@@ -6,31 +6,42 @@ its own reward functions.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from transformers import TrainerState
+
 from rl_backspace.config import Reward
+from rl_backspace.engine import Rollout
 from rl_backspace.errors import UserError, nearest, one_line
 from rl_backspace.plugins import bind, resolve, signature
-from rl_backspace.semantics import Rules
-from rl_backspace.tasks import Task
+from rl_backspace.policy import Policy
+from rl_backspace.tasks import Row, Task
 
 Term = Callable[..., Any]
+"""A reward in TRL's signature, one number per row; `term.latest` keeps what it last gave, per action where it does."""
+Value = float | list[float] | None
+"""Of one rollout: a number, one for each of its actions, or None where there is nothing to say."""
 FROM_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-INPUTS = (*FROM_TRL, "rows", "actions", "deletes", "ends", "task", "rules")
+INPUTS = (*FROM_TRL, "rows", "actions", "deletes", "ends", "task", "rules", "decode")
 """What a function may ask for by name, besides the task's columns."""
 TAKEN = (*INPUTS, "completion")  # TRL drops a column of this name
 
 
-def load_terms(rewards: Mapping[str, Reward], task: Task | None, rules: Rules | None) -> tuple[list[Term], list[float]]:
-    """The terms and their weights, in the file's order. A function that asks for `task` or `rules` gets them.
+def load_terms(
+    rewards: Mapping[str, Reward], task: Task | None, policy: Policy | None
+) -> tuple[list[Term], list[float]]:
+    """The terms and their weights, in the file's order. A function that asks for `task`, the policy's `rules` or
+    `decode` (visible token ids -> text) gets them.
 
     Raises:
         UserError: every function that cannot be loaded or does not take its kwargs, a line each.
     """
     terms: list[Term] = []
+    shared = {"task": task, **({"rules": policy.rules, "decode": policy.text} if policy else {})}
     problems = [
         f"task: a column is called {column!r}, by which rewards know something else; rename it in your data"
         for column in (task.train[0] if task else ())
@@ -43,7 +54,7 @@ def load_terms(rewards: Mapping[str, Reward], task: Task | None, rules: Rules | 
             bind(function, reward.kwargs, f"{where}.kwargs")
             if task is not None:
                 _check_inputs(function, reward, task, where)
-            terms.append(make_term(name, function, reward, {"task": task, "rules": rules}))
+            terms.append(make_term(name, function, reward, shared))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -74,7 +85,9 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
         return everything if takes_all else {key: value for key, value in everything.items() if key in parameters}
 
     def checked(values: Any, inputs: dict[str, Any]) -> list[float | None]:
-        return _checked(values, len(inputs["completions"]), name, reward.fn)
+        lengths = [len(actions) for actions in inputs["actions"]] if "actions" in inputs else None
+        term.latest = _checked(values, len(inputs["completions"]), lengths, name, reward.fn)  # type: ignore[attr-defined]
+        return [sum(value, 0.0) if isinstance(value, list) else value for value in term.latest]  # type: ignore[attr-defined]
 
     if is_async_callable(function):
 
@@ -110,8 +123,8 @@ def _raised(name: str, fn: str, error: Exception) -> UserError:
     return UserError(f"rewards.{name}: {fn} raised {one_line(error)}")
 
 
-def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | None]:
-    """The plug-in's values, once they are a list of numbers or None of the right length."""
+def _checked(values: Any, expected: int, lengths: Sequence[int] | None, name: str, fn: str) -> list[Value]:
+    """The plug-in's values, once there is one for each completion: a number, None, or a number for each action."""
     try:
         values = list(values)
     except TypeError:
@@ -122,16 +135,72 @@ def _checked(values: Any, expected: int, name: str, fn: str) -> list[float | Non
         raise UserError(
             f"rewards.{name}: {fn} returned {len(values)} rewards for {expected} completions; give one for each"
         )
-    checked: list[float | None] = []
+    checked: list[Value] = []
     for row, value in enumerate(values):
-        if value is not None:
-            try:
-                value = float(value) if not isinstance(value, str) else math.nan
-            except (TypeError, ValueError):
-                value = math.nan
-            if not math.isfinite(value):
+        if lengths is not None and isinstance(value, (list, tuple)):
+            if len(value) != lengths[row]:
                 raise UserError(
-                    f"rewards.{name}: {fn} returned {values[row]!r} for row {row}; expected a finite number or None"
+                    f"rewards.{name}: {fn} returned {len(value)} numbers for the {lengths[row]} actions of row {row}; "
+                    "give one for each, or one number for the row"
                 )
-        checked.append(value)
+            checked.append([_number(part, value, row, name, fn) for part in value])
+        else:
+            checked.append(None if value is None else _number(value, value, row, name, fn))
     return checked
+
+
+def _number(part: Any, value: Any, row: int, name: str, fn: str) -> float:
+    try:
+        number = float(part) if not isinstance(part, str) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"rewards.{name}: {fn} returned {value!r} for row {row}; expected a finite number, None, "
+            "or a list with a number for each action"
+        )
+    return number
+
+
+def call(
+    terms: Sequence[Term], rollouts: list[Rollout], rows: list[Row], policy: Policy, step: int, steps: int
+) -> list[list[Value]]:
+    """What each term gives these rollouts at step `step` of `steps`, outside of any training."""
+    prompts = [row["prompt"] for row in rows]
+    inputs = {
+        "prompts": prompts,
+        "completions": visible_completions(rollouts, prompts, policy),
+        "completion_ids": [rollout.visible for rollout in rollouts],
+        "trainer_state": TrainerState(global_step=step, max_steps=steps),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    entries = reward_inputs(rollouts, rows)
+    columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
+
+    async def finish(awaitable: Any) -> Any:
+        return await awaitable
+
+    found = []
+    for term in terms:
+        result = term(**inputs, **columns)
+        if inspect.isawaitable(result):
+            asyncio.run(finish(result))
+        found.append(term.latest)  # type: ignore[attr-defined]
+    return found
+
+
+def reward_inputs(rollouts: list[Rollout], rows: list[Row]) -> list[dict[str, Any]]:
+    """What rewards may ask for by name, per rollout: the row's columns and what happened on the way."""
+    return [
+        {**row, "rows": row, "actions": rollout.actions, "deletes": rollout.deletes, "ends": rollout.end}
+        for rollout, row in zip(rollouts, rows, strict=True)
+    ]
+
+
+def visible_completions(rollouts: list[Rollout], prompts: list[Any], policy: Policy) -> list[Any]:
+    """The visible text, as chat messages where the prompts are chat messages."""
+    texts = [policy.text(rollout.visible) for rollout in rollouts]
+    if prompts and isinstance(prompts[0], list):
+        return [[{"role": "assistant", "content": text}] for text in texts]
+    return texts

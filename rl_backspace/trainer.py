@@ -22,9 +22,10 @@ from rl_backspace.errors import UserError
 from rl_backspace.evaluate import is_right
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
-from rl_backspace.scoring import pack, score
+from rl_backspace.scoring import Packed, pack, score
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
+from rl_backspace.terms import Term, reward_inputs, visible_completions
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental; the version is pinned
 
@@ -51,7 +52,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         policy: Policy,
         task: Task,
         budget: Budget,
-        terms: list[Callable[..., Any]],
+        terms: list[Term],
         args: GRPOConfig,
         train_dataset: Any,
         on_rollouts: Callable[[list[Rollout], list[Row], Tensor], None] | None = None,
@@ -156,8 +157,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         for first in range(0, len(input_ids), size):
             chunk = slice(first, first + size)
             packed = pack(input_ids[chunk], attention_mask[chunk], logits_to_keep, self.policy.rules, self.budget)
-            with self.accelerator.autocast():
-                chunk_logps, chunk_entropies = score(model, packed, self.temperature, compute_entropy, self.keyboard)
+            chunk_logps, chunk_entropies = self._score(model, packed, compute_entropy)
             real = attention_mask[chunk, -logits_to_keep:].bool()
             logps.append(chunk_logps.masked_fill(~real, 0.0))
             if chunk_entropies is not None:
@@ -167,6 +167,10 @@ class BackspaceGRPOTrainer(GRPOTrainer):
             self._log_gap(result.detach(), attention_mask[:, -logits_to_keep:].bool())
         return result, torch.cat(entropies) if entropies else None, None
 
+    def _score(self, model: Any, packed: Packed, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        with self.accelerator.autocast():
+            return score(model, packed, self.temperature, entropy, self.keyboard)
+
     def _log_gap(self, recomputed: Tensor, real: Tensor) -> None:
         """Largest distance between a log-prob as sampled and as recomputed: rounding, or a bug."""
         assert self._sampled is not None
@@ -174,28 +178,6 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         gap = self.accelerator.gather(gap).max().item()
         self._metrics["train"]["logp_gap_max"].append(gap)
         self.logp_gap_max = max(self.logp_gap_max, gap)
-
-
-def reward_inputs(rollouts: list[Rollout], rows: list[Row]) -> list[dict[str, Any]]:
-    """What rewards may ask for by name, per rollout: the row's columns and what happened on the way."""
-    return [
-        {
-            **row,
-            "rows": row,
-            "actions": rollout.actions,
-            "deletes": rollout.deletes,
-            "ends": rollout.end,
-        }
-        for rollout, row in zip(rollouts, rows, strict=True)
-    ]
-
-
-def visible_completions(rollouts: list[Rollout], prompts: list[Any], policy: Policy) -> list[Any]:
-    """The visible text, as chat messages where the prompts are chat messages."""
-    texts = [policy.text(rollout.visible) for rollout in rollouts]
-    if prompts and isinstance(prompts[0], list):
-        return [[{"role": "assistant", "content": text}] for text in texts]
-    return texts
 
 
 def _copy_token_rows_to_reference(model: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rl_backspace.config import Warmup
@@ -215,6 +216,9 @@ def warm_up(
 
     def refresh(step: int) -> None:
         dataset.refresh(asker, step)
+        for source, entries in dataset.pool.items():
+            if not entries:
+                tqdm.write(f"warm-up, step {step}: {source} found no error to learn from; its examples are clean")
         on_diagnosis(step, diagnose(measurer, examiner, task.test[:HELD_OUT], args.seed))
 
     refresh(0)

@@ -167,7 +167,7 @@ def test_train_shows_progress_results_and_where_they_are(finished: tuple[Path, R
         assert re.search(rf"{stage} +│ (allowed|blocked) +│ +[\d.]+ ", result.out)
     last = re.split(r"[\r\n]", result.err)
     assert any(line.startswith("warm-up: 100%") for line in last)
-    assert any(line.startswith("grpo: 100%") and "reward=" in line and "accuracy=" in line for line in last)
+    assert any(line.startswith("rl: 100%") and "reward=" in line and "accuracy=" in line for line in last)
 
 
 def test_the_resolved_config_parses_again(run: Path) -> None:
@@ -187,11 +187,11 @@ def test_versions_and_seed_are_kept(run: Path) -> None:
 
 def test_metrics_hold_every_step_and_every_reward_term(run: Path) -> None:
     metrics = lines(run / "metrics.jsonl")
-    assert {record["phase"] for record in metrics} == {"warm-up", "detector", "grpo", "evaluation"}
+    assert {record["phase"] for record in metrics} == {"warm-up", "detector", "rl", "evaluation"}
     measured = [record for record in metrics if record["phase"] == "detector"]
     assert [record["step"] for record in measured] == [0, 60]  # before and after, and at each refresh between
     assert all(set(record) >= {"random", "early", "samples", "uncertain", "rollouts"} for record in measured)
-    steps = [record for record in metrics if record["phase"] == "grpo" and "reward" in record]
+    steps = [record for record in metrics if record["phase"] == "rl" and "reward" in record]
     assert [record["step"] for record in steps] == [1, 2, 3]
     weights = {"correct": 1.0, "delete_cost": 0.5, "loop_penalty": 1.0, "length": 0.0}
     for record in steps:
@@ -794,7 +794,7 @@ def test_a_reward_that_breaks_in_training_is_named_and_the_adapter_kept(
         f"calls = []\n{kind} reward(completions):\n    calls.append(1)\n    if len(calls) > 2:\n        {body}\n"
         "    return [0.0] * len(completions)\n"
     )
-    path = experiment(here, base, rewards={"mine": {"fn": "mine.py:reward"}}, evaluation={"rows": 1})
+    path = experiment(here, base, rewards={"mine": {"fn": "mine.py:reward"}}, evaluation={"rows": 1}, audit="skip")
     result = call("train", path, "--out", "run")
     assert result.code == 2
     assert "Traceback" not in result.err
@@ -808,7 +808,7 @@ def test_wandb_gets_the_same_offline(here: Path, base: Path, monkeypatch: pytest
     assert call("train", path, "--out", "run").code == 0
     (written,) = (here / "run" / "wandb").glob("offline-run-*/*.wandb")
     logged = written.read_bytes()
-    for key in ("grpo/reward", "grpo/deletes_per_answer", "evaluation/step", "logp_gap_max"):
+    for key in ("rl/reward", "rl/deletes_per_answer", "evaluation/step", "logp_gap_max"):
         assert key.encode() in logged
     assert not (here / "wandb").exists()
 
@@ -826,7 +826,7 @@ def training(here: Path, base: Path) -> Iterator[subprocess.Popen[str]]:
     )
     metrics = here / "run" / "metrics.jsonl"
     deadline = time.time() + 120
-    while not (metrics.exists() and '"grpo"' in metrics.read_text()):
+    while not (metrics.exists() and '"rl"' in metrics.read_text()):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     yield process
@@ -864,3 +864,11 @@ def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not() -> Non
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is outer
+
+
+def test_dropout_of_the_base_is_off_in_rl(here: Path) -> None:
+    """Rollouts have none; log-probs recomputed with it would be another policy's."""
+    base = checkpoint(here / "gpt2", "GPT2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    path = experiment(here, base, lora=None, evaluation={"rows": 1})
+    assert call("train", path, "--out", "run").code == 0
+    assert json.loads((here / "run" / "summary.json").read_text())["logp_gap_max"] < 1e-4

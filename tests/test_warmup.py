@@ -183,6 +183,21 @@ def test_a_policy_that_makes_no_errors_gives_clean_examples() -> None:
     assert {entry.expert.row["prompt"] for entry, _ in examples} == {row["prompt"] for row in rows}
 
 
+def test_a_source_that_finds_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(5)]
+    found = warm_up(
+        bigrams({"?": {"a": 1.0}, "a": {"$": 1.0}}),
+        Task(rows, rows[:1]),
+        BUDGET,
+        config(sources={"samples": 1.0, "random": 1.0}),
+        arguments(tmp_path, max_steps=1),
+        [],
+    )
+    assert found
+    said = capsys.readouterr().out
+    assert said.count("samples found no error to learn from") == 1 and "random" not in said
+
+
 def test_the_first_corrections_are_those_that_the_warm_up_begins_with(policy: Policy) -> None:
     fields = {"sources": EVERY}
     found = first_corrections(policy, TASK, BUDGET, config(**fields), seed=7, count=5)

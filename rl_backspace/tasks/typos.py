@@ -17,11 +17,11 @@ def typos(length: int = 8, rate: float = 0.083, train: int = 20_000, test: int =
 
     Args:
         length: how many letters.
-        rate: share of typed letters that the keyboard swaps, 0 to 1.
+        rate: share of typed letters that the keyboard swaps, at most 0.9: beyond, erring on purpose would pay.
         train, test: how many prompts of each split.
     """
-    if length < 1 or not 0 <= rate < 1:
-        raise UserError(f"typos: got length={length}, rate={rate}; expected length >= 1 and 0 <= rate < 1")
+    if length < 1 or not 0 <= rate <= 0.9:
+        raise UserError(f"typos: got length={length}, rate={rate}; expected length >= 1 and 0 <= rate <= 0.9")
 
     def draw(rng: random.Random) -> Row:
         letters = "".join(rng.choice(string.ascii_lowercase) for _ in range(length))
