@@ -872,3 +872,58 @@ def test_dropout_of_the_base_is_off_in_rl(here: Path) -> None:
     path = experiment(here, base, lora=None, evaluation={"rows": 1})
     assert call("train", path, "--out", "run").code == 0
     assert json.loads((here / "run" / "summary.json").read_text())["logp_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None])
+def test_a_run_goes_on_where_another_ended(lora: Any, here: Path, base: Path) -> None:
+    """With its weights and its critic, which is saved beside them and is no part of the model."""
+    rewards = {"correct": {"fn": "correctness:checked"}, "compute": {"fn": "length:actions", "kwargs": {"cost": 0.1}}}
+    path = experiment(here, base, lora=lora, algorithm="ppo", seed=3, rewards=rewards)
+    assert call("train", path, "--out", "first-3").code == 0
+    first = load(policy_of(here / "first-3"))
+    assert first.critic is not None and first.critic.weight.any()
+    result = call("train", path, "--out", "second", "model=first-{seed}", "trainer.learning_rate=0.0")
+    assert result.code == 0, result.err
+    second = load(policy_of(here / "second"))
+    assert second.critic is not None and torch.equal(second.critic.weight, first.critic.weight)
+    weights = dict(second.model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in first.model.named_parameters())
+    assert not any("critic" in name for name in weights)
+    accuracy = [json.loads((here / name / "summary.json").read_text())["accuracy"] for name in ("first-3", "second")]
+    assert accuracy[1]["before"] == accuracy[0]["after"]
+    assert call("train", path, "--out", "third", "model=first-{seed}", "algorithm=grpo").code == 0  # no critic needed
+
+
+def policy_of(run: Path) -> Path:
+    return run / ("adapter" if (run / "adapter").exists() else "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("delete.retry=free", r"model: the run first was trained with delete .*'retry': 'ban'.*'retry': 'free'"),
+        ("lora.r=8", r"model: the run first was trained with lora .*'r': 4.*'r': 8"),
+        ("lora=null", r"model: the run first was trained with lora .*here it is None"),
+        ("model=nowhere-{seed}", r"model: 'nowhere-0' cannot be loaded"),
+    ],
+)
+def test_a_run_that_this_is_no_continuation_of_is_refused(change: str, said: str, here: Path, base: Path) -> None:
+    path = experiment(here, base, evaluation={"rows": 1})
+    assert call("train", path, "--out", "first").code == 0
+    (line,) = assert_refused(here, "train", path, "--out", "second", "model=first", change)
+    assert re.search(said, line)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("trainer.scale_rewards=batch", "trainer.scale_rewards: not with ppo"),
+        ("ppo.lam=1.5", "ppo.lam: expected a number less than or equal to 1"),
+        ("ppo.lambda=1", "ppo.lambda: unknown key"),
+        ("algorithm=a2c", "algorithm: expected 'grpo' or 'ppo'"),
+    ],
+)
+def test_bad_settings_of_ppo_are_refused(change: str, said: str, here: Path, base: Path) -> None:
+    path = experiment(here, base, algorithm="ppo")
+    (line,) = assert_refused(here, "train", path, change)
+    assert line.startswith(said)
