@@ -242,7 +242,10 @@ def _curves(path: Path) -> dict[str, dict[int, float]]:
 def _columns(runs: Iterable[Run]) -> list[str]:
     """The columns that any run has, in the table's order: measures, reward, its terms."""
     found = dict.fromkeys(column for run in runs for column in run.values)
-    return [*(key for key in (*MEASURES, "reward") if key in found), *(key for key in found if key.startswith("reward."))]
+    return [
+        *(key for key in (*MEASURES, "reward") if key in found),
+        *(key for key in found if key.startswith("reward.")),
+    ]
 
 
 # grouping
@@ -260,10 +263,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
     differing = dict(differences([group.runs[0].key for group in groups]))
     names = short_names(differing)
     for index, one in enumerate(groups):
+        one.runs.sort(key=lambda run: run.seed)
         one.settings = {key: texts[index] for key, texts in differing.items()}
         told = [f"{names[key]}={text}" for key, text in one.settings.items() if text]
         one.label = ", ".join(told) or str(one.runs[0].config.get("name", one.runs[0].path.name))
-        one.runs.sort(key=lambda run: run.seed)
     if max(len(one.label) for one in groups) > LONGEST_LABEL:
         _label_by_folder(groups)
     return groups

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,13 +22,18 @@ import torch
 import transformers
 import yaml
 from checkpoints import CHARACTERS, checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 from trl.rewards import think_format_reward
+from wandb.proto.wandb_internal_pb2 import Record
 
 from rl_backspace.callbacks import StopOnInterrupt
 from rl_backspace.cli import main
 from rl_backspace.config import parse, read_yaml
+from rl_backspace.errors import UserError
+from rl_backspace.folder import RunFolder, TraceTable
 from rl_backspace.policy import load
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.semantics import Budget, Machine, Retry, Rules, Unit, replay
@@ -802,15 +808,137 @@ def test_a_reward_that_breaks_in_training_is_named_and_the_adapter_kept(
     assert load(here / "run" / "adapter").rules.deletes
 
 
+def wandb_records(run: Path) -> list[Any]:
+    """What a run's .wandb file holds, once all of it is there: wandb's own process writes on after the run's end."""
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.time() + 60
+    while not any(record.HasField("exit") for record in read_wandb(path.read_bytes())):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    return list(read_wandb(path.read_bytes()))
+
+
+def read_wandb(log: bytes) -> Iterator[Any]:
+    """wandb's messages in LevelDB's log format: parts of messages in blocks of 32 KiB."""
+    offset, message = 7, b""
+    while offset + 7 <= len(log):
+        left = 2**15 - offset % 2**15
+        if left < 7:
+            offset += left
+            continue
+        length, kind = struct.unpack_from("<HB", log, offset + 4)
+        if offset + 7 + length > len(log):
+            return
+        message += log[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record = Record()
+            record.ParseFromString(message)
+            yield record
+            message = b""
+
+
+def wandb_history(run: Path) -> list[dict[str, Any]]:
+    """The logged lines, nested keys joined by dots."""
+    lines = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(run)
+        if record.HasField("history")
+    ]
+    return [{key: value for key, value in line.items() if key[0] != "_"} for line in lines]
+
+
+def wandb_table(run: Path) -> list[dict[str, Any]]:
+    """The table of traces, which is logged last, by its columns."""
+    *_, last = wandb_history(run)
+    (path,) = (run / "wandb").glob(f"offline-run-*/files/{last['traces.path']}")
+    table = json.loads(path.read_text())
+    assert last["traces._type"] == "table-file" and last["traces.nrows"] == len(table["data"])
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return out
+
+
 def test_wandb_gets_the_same_offline(here: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    path = experiment(here, base, wandb={"mode": "offline", "project": "p"}, evaluation={"rows": 1})
+    path = experiment(
+        here,
+        base,
+        wandb={"mode": "offline", "project": "p"},
+        warmup={"steps": 2, "trainer": {"per_device_train_batch_size": 4, "logging_steps": 1}},
+        rewards={"none": {"fn": "mine.py:none"}},
+    )
+    (here / "mine.py").write_text(
+        "def none(completions, trainer_state):\n"
+        "    return [1.5 if trainer_state.global_step else None for _ in completions]\n"
+    )
     assert call("train", path, "--out", "run").code == 0
-    (written,) = (here / "run" / "wandb").glob("offline-run-*/*.wandb")
-    logged = written.read_bytes()
-    for key in ("rl/reward", "rl/deletes_per_answer", "evaluation/step", "logp_gap_max"):
-        assert key.encode() in logged
+    *logged, _ = wandb_history(here / "run")
+    metrics = lines(here / "run" / "metrics.jsonl")
+    for line, record in zip(logged, metrics, strict=True):
+        assert line == flat(record, f"{record.pop('phase')}/")
+    assert {"rl/reward", "rl/rewards/correct/mean", "rl/deletes_per_answer", "rl/logp_gap_max"} <= set(logged[-3])
+    rows, traces = wandb_table(here / "run"), lines(here / "run" / "traces.jsonl")
+    assert len(rows) == len(traces) == 16
+    for row, trace in zip(rows, traces, strict=True):
+        columns = {key: trace[key] for key in ("step", "prompt", "typed", "visible", "end", "deletes")}
+        assert row == {**columns, **{f"rewards/{name}": value for name, value in trace["rewards"].items()}}
+        assert row["typed"].count("⌫") == row["deletes"] and (row["typed"][-1] == "⏎") == (row["end"] == "eos")
+    assert {row["rewards/none"] for row in rows} == {None, 1.5}
+    summaries = [record.summary for record in wandb_records(here / "run") if record.HasField("summary")]
+    assert any(update.key == "logp_gap_max" for summary in summaries for update in summary.update)
     assert not (here / "wandb").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (KeyboardInterrupt, 1), (UserError, 1)])
+def test_wandb_gets_the_traces_whatever_ends_the_run(
+    error: type[BaseException] | None, code: int, here: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = parse(read_yaml(experiment(here, base, wandb={"mode": "offline"})))
+    folder = RunFolder.create(here / "run", config)
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say 3"}]
+    trace = {"step": 0, "prompt": chat, "typed": "4⌫3⏎", "visible": "3", "end": "eos", "deletes": 1, "actions": [1]}
+    with pytest.raises(error) if error else contextlib.nullcontext(), folder.mirrored(config):
+        folder.trace({**trace, "rewards": {"correct": 1.0}})
+        if error:
+            raise error
+    (row,) = wandb_table(here / "run")
+    del trace["actions"]
+    assert row == {**trace, "prompt": "say 3", "rewards/correct": 1.0}
+    (ended,) = [record.exit for record in wandb_records(here / "run") if record.HasField("exit")]
+    assert ended.exit_code == code
+    folder.trace({**trace, "rewards": {}})  # afterwards too
+
+
+@given(steps=st.integers(1, 700), each=st.integers(1, 9), missing=st.integers(1, 3))
+def test_wandbs_table_spans_the_run_and_is_bounded(steps: int, each: int, missing: int) -> None:
+    table = TraceTable()
+    given_steps = [step for step in range(0, steps * missing, missing) for _ in range(each)]
+    for step in given_steps:
+        table.add({"step": step, "prompt": "p", "rewards": {}})
+    kept = [record["step"] for record in table.records]
+    assert 0 < len(kept) <= TraceTable.MOST_ROWS
+    if len(given_steps) <= TraceTable.MOST_ROWS:
+        assert kept == given_steps
+    else:
+        assert len(kept) > TraceTable.MOST_ROWS // 5
+        gaps = [after - before for before, after in itertools.pairwise(sorted(set(kept)))]
+        assert kept[0] == 0 and max(gaps) == min(gaps)
+        assert given_steps[-1] - kept[-1] < gaps[0]  # up to the end
+        assert all(kept.count(step) == each for step in set(kept[: -each + 1 or None]))
+
+
+def test_wandbs_table_of_one_step_is_bounded() -> None:
+    table = TraceTable()
+    for index in range(1500):
+        table.add({"step": 0, "prompt": str(index), "rewards": {}})
+    assert [record["prompt"] for record in table.records] == [str(index) for index in range(1000)]
 
 
 @pytest.fixture

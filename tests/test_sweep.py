@@ -33,10 +33,12 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.wandb_agent import Agent
 
 from rl_backspace.cli import main
+from rl_backspace.compare import PICTURE
 from rl_backspace.config import override, parse, read_yaml
 from rl_backspace.errors import UserError
 from rl_backspace.sweep_file import arguments, read
 
+SWEEPS = Path(__file__).parents[1] / "experiments" / "sweeps"
 COMMAND = ["${env}", "rl-backspace", "train", "experiment.yaml", "${args}"]
 EXPERIMENT: dict[str, Any] = {
     "name": "tiny",
@@ -459,8 +461,9 @@ summary = dict(accuracy=dict(before=cells(seed / 100)), deletes_per_answer=dict(
 
 
 @pytest.fixture
-def stand_in(here: Path) -> list[str]:
-    """A sweep's command that trains nothing, of parameters `seed` and `trainer.max_steps` alone."""
+def stand_in(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A sweep's command that trains nothing, of parameters `seed` and `trainer.max_steps` alone; and no picture."""
+    monkeypatch.setattr("rl_backspace.picture.draw", lambda *given: given[-1].write_text(PICTURE))
     Path("resolved.json").write_text(parse(read_yaml(Path("experiment.yaml"))).model_dump_json())
     script = here / "bin" / "rl-backspace"
     script.parent.mkdir()
@@ -614,7 +617,7 @@ def test_a_sweep_that_was_cut_short_ends_as_one_that_was_not(here: Path) -> None
     """Tiny runs: one that finished before, Ctrl-C in the second one, and the same command again."""
     content = {**EXPERIMENT, "model": str(checkpoint(here / "base"))}
     Path("experiment.yaml").write_text(yaml.safe_dump(content))
-    path = write({"seed": {"values": [0, 1]}, "trainer.max_steps": {"value": 40}})
+    path = write({"seed": {"values": [0, 1]}, "trainer.max_steps": {"value": 25}})
     runs = read(path).runs
     for run in runs:
         result = call("train", "experiment.yaml", *arguments(run.values), "--out", f"straight/{run.id}")
@@ -629,7 +632,7 @@ def test_a_sweep_that_was_cut_short_ends_as_one_that_was_not(here: Path) -> None
 
     def interrupt() -> None:
         metrics = second / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and '"reward"' in metrics.read_text())
+        wait_for(lambda: metrics.exists() and '"reward"' in metrics.read_text(), 180)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
@@ -701,3 +704,11 @@ def test_wandbs_agent_starts_the_same_run(here: Path, monkeypatch: pytest.Monkey
     assert config.delete.tokens == {"<|undo|>": "line", "<|back|>": 3}
     assert seen["name"] == "tiny-r7" and seen["mode"] is None and seen["project"] is None  # the sweep's own
     assert config.wandb is None
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_it_can_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SWEEPS.parents[1])
+    result = call("sweep", path, "--dry-run", "--out", "nowhere")
+    assert result.code == 0 and result.out
+    assert "note: " not in result.err  # with wandb too
