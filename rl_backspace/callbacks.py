@@ -59,18 +59,20 @@ class Progress(TrainerCallback):
 
 class StopOnInterrupt(TrainerCallback):
     """In training, the first Ctrl-C lets the current step end, so that what is kept is whole; a second one stops
-    at once. Elsewhere the first one does."""
+    at once. Elsewhere the first one does. SIGTERM, by which other programs end one, is the same."""
 
     def __init__(self) -> None:
         self.asked = self.training = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnInterrupt:
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.asked or not self.training:

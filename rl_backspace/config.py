@@ -192,14 +192,14 @@ for _yaml in (_Loader, _Dumper, _ArgumentLoader):
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _Loader) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
         UserError: no such file, not YAML, or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of an experiment file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -122,7 +122,7 @@ def _policy(config: Config) -> Policy:
     Raises:
         UserError: it cannot be made, or the run's policy is not what this config describes.
     """
-    model = config.model.replace("{seed}", str(config.seed))
+    model = model_of(config)
     run = Path(model)
     if not (run / "config.yaml").exists():
         return create(model, config.delete, config.lora, config.seed)
@@ -138,6 +138,18 @@ def _policy(config: Config) -> Policy:
                 f"{ours and ours.model_dump()}; make them equal, or start from a base model"
             )
     return load(folder.policy, trainable=True)
+
+
+def model_of(config: Config) -> str:
+    """The model's name, with the seed in it.
+
+    Raises:
+        UserError: a run by seed that is not there, which nothing else could be meant by.
+    """
+    model = config.model.replace("{seed}", str(config.seed))
+    if model != config.model and not (Path(model) / "config.yaml").exists():
+        raise UserError(f"model: there is no run {model} to go on from; train it first, or give a base model")
+    return model
 
 
 def action_budget(config: Config) -> Budget:

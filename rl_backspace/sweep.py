@@ -42,8 +42,6 @@ def run_sweep(
     folder = out or Path("runs") / _folder_name(sweep)
     _refuse_folder(folder, sweep)
     done = _finished(folder, sweep, configs)
-    for note in sweep.notes:
-        _say(f"note: {path}: {note}")
     if dry_run:
         print(*(run.id for run in sweep.runs), sep="\n")
         _say(f"# ok: {len(sweep.runs)} runs, {len(done)} of them finished; would write {folder}")
@@ -76,7 +74,7 @@ def check(sweep: Sweep) -> dict[str, Config]:
     tasks: dict[str, list[str]] = {}
     in_file = set(_resolve(base, [], tasks)[1])
     in_command = set(_resolve(base, sweep.overrides(None), tasks)[1])
-    problems: dict[str, str] = {line: f"{sweep.path}: {line}" for line in _lost(sweep, base)}
+    problems: dict[str, str] = {}
     configs: dict[str, Config] = {}
     for run in sweep.runs:
         config, lines = _resolve(base, sweep.overrides(run), tasks)
@@ -94,7 +92,7 @@ def _resolve(
     base: Mapping[str, Any], overrides: list[str], tasks: dict[str, list[str]]
 ) -> tuple[Config | None, list[str]]:
     """A run's config and what is wrong with it. A task is made once, whatever the seed; `tasks` keeps what it said."""
-    from rl_backspace.experiment import grpo_config, warmup_config
+    from rl_backspace.experiment import grpo_config, model_of, warmup_config
     from rl_backspace.plugins import load_task
     from rl_backspace.terms import load_terms
 
@@ -112,6 +110,7 @@ def _resolve(
     if config is None:
         return None, lines
     attempt(load_terms, config.rewards, None, None)
+    attempt(model_of, config)
     attempt(grpo_config, config, None)
     attempt(warmup_config, config, None)
     spec = config.task.model_dump()
@@ -139,24 +138,6 @@ def _blame(line: str, run: Run) -> str:
         if own[:shared] == about[:shared]:
             return f"parameters.{line}" if about == own else f"parameters.{name}: {line}"
     return f"{line} (with {', '.join(arguments(run.values, ''))})"
-
-
-def _lost(sweep: Sweep, base: Mapping[str, Any]) -> Iterator[str]:
-    """What nested parameters would take out of the experiment file: wandb gives them as one block."""
-    given: dict[str, list[str]] = {}
-    for name, *below in (parameter.path for parameter in sweep.parameters):
-        if below:
-            given.setdefault(name, []).append(below[0])
-    for name, keys in given.items():
-        block: Any = base
-        for part in names_in(name):
-            block = block.get(part) if isinstance(block, dict) else None
-        lost = [str(key) for key in block if key not in keys] if isinstance(block, dict) else []
-        if lost:
-            yield (
-                f"parameters.{name}: wandb gives nested parameters as one block, which would replace {name} of "
-                f"{sweep.config} and lose {', '.join(lost)}; write {name}.{keys[0]} and so on instead"
-            )
 
 
 def _say(text: str) -> None:

@@ -6,25 +6,23 @@ Python prints it, and leave it to `config.override` to read them. What only wand
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rl_backspace.compare import short, short_names
-from rl_backspace.config import override, read_yaml
+from rl_backspace.config import read_yaml
 from rl_backspace.errors import UserError, nearest
 
 KEYS = ("method", "parameters", "command", "run_cap", "metric", "program", "name", "description", "project", "entity")
@@ -36,34 +34,26 @@ EXAMPLE = '["${env}", rl-backspace, train, experiments/arith.yaml, "${args}"]'
 ARGS = {"${args}": "--", "${args_no_hyphens}": ""}  # what stands before name=value
 MOST_RUNS = 10_000
 
-_MIN_MAX, _NORMAL, _BETA = ("min", "max"), ("mu", "sigma"), ("a", "b")
 FIELDS: dict[str, tuple[str, ...]] = {
     "constant": ("value",),
     "categorical": ("values",),
     "categorical_w_probabilities": ("values", "probabilities"),
-    "int_uniform": _MIN_MAX,
-    "uniform": _MIN_MAX,
-    "log_uniform_values": _MIN_MAX,
-    "inv_log_uniform_values": _MIN_MAX,
-    "normal": _NORMAL,
-    "log_normal": _NORMAL,
-    "beta": _BETA,
-    "q_uniform": (*_MIN_MAX, "q"),
-    "q_log_uniform_values": (*_MIN_MAX, "q"),
-    "q_normal": (*_NORMAL, "q"),
-    "q_log_normal": (*_NORMAL, "q"),
-    "q_beta": (*_BETA, "q"),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max", "q"),
+    "log_uniform_values": ("min", "max"),
+    "normal": ("mu", "sigma"),
 }
-"""wandb's distributions and what each takes. Those over exponents of e, such as log_uniform, wandb itself gave up."""
-DEFAULTS = {"mu": 0.0, "sigma": 1.0, "a": 1.0, "b": 1.0, "q": 1.0}
+"""Those of wandb's distributions that are known here, and what each takes."""
+DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
 IN_A_GRID = ("constant", "categorical", "int_uniform")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: the names that lead to it, more than one where it is nested, and how it is chosen."""
+    """One parameter, a key of the experiment file, and how it is chosen."""
 
-    path: tuple[str, ...]
+    name: str
     kind: str
     spec: Mapping[str, Any]
 
@@ -78,25 +68,20 @@ class Parameter:
     def draw(self, generator: random.Random) -> Any:
         """A value, as wandb's own search draws it; with `q` the nearest multiple of it."""
         spec = {**DEFAULTS, **self.spec}
-        drawn: Any
-        match self.kind.removeprefix("q_"):
+        match self.kind:
             case "constant":
                 return spec["value"]
             case "categorical" | "categorical_w_probabilities":
                 return generator.choices(spec["values"], spec.get("probabilities"))[0]
             case "int_uniform":
                 return generator.randint(spec["min"], spec["max"])
-            case "uniform":
-                drawn = generator.uniform(spec["min"], spec["max"])
-            case "log_uniform_values" | "inv_log_uniform_values":  # one and the same
-                drawn = math.exp(generator.uniform(math.log(spec["min"]), math.log(spec["max"])))
+            case "log_uniform_values":
+                return math.exp(generator.uniform(math.log(spec["min"]), math.log(spec["max"])))
             case "normal":
-                drawn = generator.normalvariate(spec["mu"], spec["sigma"])
-            case "log_normal":
-                drawn = generator.lognormvariate(spec["mu"], spec["sigma"])
-            case "beta":
-                drawn = generator.betavariate(spec["a"], spec["b"])
-        return round(drawn / spec["q"]) * spec["q"] if self.kind.startswith("q_") else drawn
+                return generator.normalvariate(spec["mu"], spec["sigma"])
+            case _:
+                drawn = generator.uniform(spec["min"], spec["max"])
+                return round(drawn / spec["q"]) * spec["q"] if self.kind == "q_uniform" else drawn
 
 
 @dataclass(frozen=True)
@@ -114,16 +99,13 @@ class Sweep:
     Attributes:
         words: its command; what is in `ARGS` stands for the values.
         config: the experiment file in it.
-        notes: what works here and would not with wandb.
     """
 
     path: Path
     content: dict[str, Any]
-    parameters: list[Parameter]
     words: list[str]
     config: str
     runs: list[Run]
-    notes: list[str] = field(default_factory=list)
 
     def command(self, run: Run, out: Path) -> list[str]:
         return [*self._expand(self.words, run), "--out", str(out)]
@@ -154,21 +136,18 @@ def read(path: Path, count: int | None = None) -> Sweep:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a sweep file in wandb's format")
-    content = read_yaml(path)
+    content = read_yaml(path, yaml.SafeLoader)  # as wandb reads it, to which 1e-5 is text and 1.0e-5 a number
     problems: list[str] = []
     _check_keys(content, count, problems)
-    parameters = _parameters(content.get("parameters"), (), content.get("method"), problems)
-    problems += _overlaps(content.get("parameters"))
+    parameters = _parameters(content.get("parameters"), content.get("method"), problems)
     words = _words(content, problems)
     config = _experiment(words, problems)
     chosen: list[dict[str, Any]] = []
     if not problems:
         chosen = _choose(content, parameters, count, problems)
-    if not problems:
-        problems += dict.fromkeys(problem for values in chosen for problem in _unreadable(values))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return Sweep(path, content, parameters, words, config, _runs(parameters, chosen), _notes(path, parameters))
+    return Sweep(path, content, words, config, _runs(parameters, chosen))
 
 
 def _check_keys(content: Mapping[str, Any], count: int | None, problems: list[str]) -> None:
@@ -188,28 +167,37 @@ def _check_keys(content: Mapping[str, Any], count: int | None, problems: list[st
         problems.append("run_cap: missing; a random sweep has no end of its own: add it, or give --count")
 
 
-def _parameters(block: Any, above: tuple[str, ...], method: Any, problems: list[str]) -> list[Parameter]:
-    """The parameters of a block and of those nested in it, in the file's order."""
-    where = ".".join(("parameters", *itertools.chain.from_iterable((name, "parameters") for name in above)))
+def _parameters(block: Any, method: Any, problems: list[str]) -> list[Parameter]:
+    """The parameters in the file's order."""
     if not isinstance(block, dict) or not block:
-        problems.append(f"{where}: expected parameters by name, such as seed: {{values: [0, 1, 2]}}; got {block!r}")
+        problems.append(f"parameters: expected some by name, such as seed: {{values: [0, 1, 2]}}; got {block!r}")
         return []
     found = []
     for name, spec in block.items():
-        path, own = (*above, str(name)), f"{where}.{name}"
+        wrong = []
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
-            problems.append(f"{own}: wandb takes names of letters, digits, '.', '_' and '-' only")
-        elif isinstance(spec, dict) and list(spec) == ["parameters"]:
-            found += _parameters(spec["parameters"], path, method, problems)
+            wrong = ["wandb takes names of letters, digits, '.', '_' and '-' only"]
+        elif isinstance(spec, dict) and "parameters" in spec:
+            wrong = [f"nested parameters would replace the whole block; write {name}.{_first(spec['parameters'])}"]
         else:
             kind, wrong = _kind(spec)
             wrong = wrong or _spec_problems(kind, spec)
             if not wrong and method == "grid" and kind not in IN_A_GRID:
                 wrong = [f"a grid cannot have {kind}; give value or values, or set method: random"]
-            problems += [f"{own}: {problem}" for problem in wrong]
             if not wrong:
-                found.append(Parameter(path, kind, spec))
+                found.append(Parameter(name, kind, spec))
+        problems += [f"parameters.{name}: {problem}" for problem in wrong]
+    names = sorted(names_in(parameter.name) for parameter in found)
+    problems += [
+        f"parameters.{'.'.join(outer)} and parameters.{'.'.join(inner)} set the same thing; take one of them out"
+        for outer, inner in itertools.combinations(names, 2)
+        if inner[: len(outer)] == outer
+    ]
     return found
+
+
+def _first(block: Any) -> str:
+    return str(next(iter(block), "key")) if isinstance(block, dict) else "key"
 
 
 def _kind(spec: Any) -> tuple[str, list[str]]:
@@ -226,8 +214,6 @@ def _kind(spec: Any) -> tuple[str, list[str]]:
         kind = "int_uniform" if types == {int} else "uniform" if types == {float} else None
         if kind is None:
             return "", ["give min and max both as whole numbers or both with a decimal point, or name a distribution"]
-    if f"{kind}_values" in FIELDS:
-        return "", [f"min and max of {kind} are exponents of e; take {kind}_values with the values themselves"]
     if kind not in FIELDS:
         what = (
             "no value, values or distribution" if kind is None else f"no distribution {kind!r}{nearest(kind, FIELDS)}"
@@ -248,18 +234,19 @@ def _spec_problems(kind: str, spec: Mapping[str, Any]) -> list[str]:
     for key, number in numbers.items():
         expected = "a whole number" if kind == "int_uniform" else "a number"
         if type(number) not in ((int,) if kind == "int_uniform" else (int, float)) or not math.isfinite(number):
-            problems.append(f"{key}: expected {expected}; got {number!r}")
+            text = isinstance(number, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", number)
+            advice = "; to wandb a number has a point and a sign in it, such as 1.0e-5" if text else ""
+            problems.append(f"{key}: expected {expected}; got {number!r}{advice}")
     if problems:
         return problems
     if "values" in takes:
         return _values_problems(spec)
     if "min" in takes and spec["min"] >= spec["max"]:
         problems.append(f"min {spec['min']} is not below max {spec['max']}")
-    elif "log_uniform" in kind and spec["min"] <= 0:
+    elif kind == "log_uniform_values" and spec["min"] <= 0:
         problems.append(f"min: expected a number above 0; got {spec['min']}")
-    for key in ("q", "a", "b"):
-        if numbers.get(key, 1) <= 0:
-            problems.append(f"{key}: expected a number above 0; got {numbers[key]}")
+    if numbers.get("q", 1) <= 0:
+        problems.append(f"q: expected a number above 0; got {numbers['q']}")
     if numbers.get("sigma", 0) < 0:
         problems.append(f"sigma: expected 0 or more; got {numbers['sigma']}")
     return problems
@@ -275,16 +262,6 @@ def _values_problems(spec: Mapping[str, Any]) -> list[str]:
     if not fine or len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         return [f"probabilities: expected {len(values)} numbers that sum to 1, one for each value; got {shares!r}"]
     return []
-
-
-def _overlaps(block: Any) -> list[str]:
-    """Names of which one holds the other: which of them counts would depend on their order."""
-    names = sorted(names_in(name) for name in block if isinstance(name, str)) if isinstance(block, dict) else []
-    return [
-        f"parameters.{'.'.join(outer)} and parameters.{'.'.join(inner)} set the same thing; take one of them out"
-        for outer, inner in itertools.combinations(names, 2)
-        if inner[: len(outer)] == outer
-    ]
 
 
 def names_in(key: str) -> tuple[str, ...]:
@@ -340,6 +317,7 @@ def _choose(
     """The values of each run, by name. The n-th draw of a random sweep depends on its parameters and n alone."""
     cap = min(cap for cap in (content.get("run_cap"), count, MOST_RUNS + 1) if cap is not None)
     rows: Iterable[Iterable[Any]]
+    names = [parameter.name for parameter in parameters]
     if content["method"] == "grid":
         columns = [p.choices() or () for p in parameters]
         if max(map(len, columns)) > MOST_RUNS:
@@ -347,45 +325,16 @@ def _choose(
         rows = itertools.islice(itertools.product(*columns), cap)
     else:
         sweep = _digest(content["parameters"])
-        rows = ([p.draw(random.Random(f"{sweep} {p.path} {i}")) for p in parameters] for i in range(cap))
-    chosen = {tuple(arguments(values)): values for row in rows for values in [_nest(parameters, row)]}
+        rows = ([p.draw(random.Random(f"{sweep} {p.name} {i}")) for p in parameters] for i in range(cap))
+    chosen = {tuple(arguments(values)): values for row in rows for values in [dict(zip(names, row, strict=True))]}
     if len(chosen) > MOST_RUNS:
         problems.append(f"parameters: more than {MOST_RUNS} runs; set run_cap, or give --count")
     return list(chosen.values())
 
 
-def _nest(parameters: list[Parameter], row: Iterable[Any]) -> dict[str, Any]:
-    """Values by name; nested ones in a block, as wandb has them."""
-    values: dict[str, Any] = {}
-    for parameter, value in zip(parameters, row, strict=True):
-        *blocks, name = parameter.path
-        inner = values
-        for block in blocks:
-            inner = inner.setdefault(block, {})
-        inner[name] = value
-    return values
-
-
-def _unreadable(values: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each value that a command line would change. Text may hold YAML of its own: quotes, or a block."""
-    for name, value in values.items():
-        read: dict[str, Any] = {}
-        with contextlib.suppress(UserError):
-            override(read, [f"value={value}"])
-        if "value" in read and (read["value"] == value or (isinstance(value, str) and value[:1] in tuple("'\"{["))):
-            continue
-        seen = f"reads as {read['value']!r}" if "value" in read else "is no YAML value"
-        mend = f"; write {json.dumps(_quoted(value), ensure_ascii=False)}" if isinstance(value, str) else ""
-        yield f"parameters.{name}: on a command line, as wandb gives it, {value!r} {seen}{mend}"
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"' if "'" in text and '"' not in text else "'" + text.replace("'", "''") + "'"
-
-
 def _runs(parameters: list[Parameter], chosen: list[dict[str, Any]]) -> list[Run]:
     """Runs with ids that say what varies; a digest of all values keeps them apart."""
-    varied = {p.path[0] for p in parameters if len(p.choices() or (0, 0)) > 1}
+    varied = {p.name for p in parameters if len(p.choices() or (0, 0)) > 1}
     names = short_names(varied)
     runs = []
     for values in chosen:
@@ -408,27 +357,3 @@ def _canonical(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(sorted(f'{key!r}: {_canonical(inner)}' for key, inner in value.items()))}}}"
     return f"[{', '.join(map(_canonical, value))}]" if isinstance(value, list) else repr(value)
-
-
-def _notes(path: Path, parameters: list[Parameter]) -> list[str]:
-    """Numbers such as 1e-5, which the YAML that wandb reads takes for text; and no program."""
-    theirs: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    notes = [] if "program" in theirs else ["program: missing here does not matter, but wandb wants some text there"]
-    for parameter in parameters:
-        spec = theirs
-        for name in parameter.path:
-            spec = spec["parameters"][name]
-        for key, number in spec.items():
-            if isinstance(number, str) and key not in ("value", "distribution"):
-                where = ".".join((*parameter.path, key))
-                notes.append(
-                    f"parameters.{where}: {number} is a number here, but text to wandb: write {_yaml_1_1(number)}"
-                )
-    return notes
-
-
-def _yaml_1_1(number: str) -> str:
-    """A number with what YAML 1.1 wants: a point, and a sign in the exponent."""
-    mantissa, _, exponent = number.lower().partition("e")
-    point = mantissa if "." in mantissa else f"{mantissa}.0"
-    return f"{point}e{exponent if exponent[0] in '+-' else f'+{exponent}'}"

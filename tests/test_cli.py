@@ -962,8 +962,11 @@ def training(here: Path, base: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def test_an_interrupt_keeps_the_adapter_and_says_where(training: subprocess.Popen[str], here: Path) -> None:
-    training.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_adapter_and_says_where(
+    number: signal.Signals, training: subprocess.Popen[str], here: Path
+) -> None:
+    training.send_signal(number)
     _, err = training.communicate(timeout=60)
     assert training.returncode == 130
     assert "Traceback" not in err
@@ -1032,7 +1035,7 @@ def policy_of(run: Path) -> Path:
         ("delete.retry=free", r"model: the run first was trained with delete .*'retry': 'ban'.*'retry': 'free'"),
         ("lora.r=8", r"model: the run first was trained with lora .*'r': 4.*'r': 8"),
         ("lora=null", r"model: the run first was trained with lora .*here it is None"),
-        ("model=nowhere-{seed}", r"model: 'nowhere-0' cannot be loaded"),
+        ("model=nowhere-{seed}", r"model: there is no run nowhere-0 to go on from"),
     ],
 )
 def test_a_run_that_this_is_no_continuation_of_is_refused(change: str, said: str, here: Path, base: Path) -> None:
