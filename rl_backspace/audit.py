@@ -47,6 +47,7 @@ class Ordering:
 
 
 _ERRING = "what pays for mending pays for erring: score the final answer only, and let a delete cost something"
+_FREE = "a correction that was not needed must cost something in the end: add a delete cost"
 _EXTRA = "a delete more must never pay: let each cost at least what comes back for it"
 _DEAR = "right answers must be worth their corrections: lower what deleting costs"
 _RIGHT = "being right must earn something: add a correctness reward, or raise its weight"
@@ -91,9 +92,10 @@ class Violation:
         when = f"at {last} % of training" if first == last else f"from {first} to {last} % of training"
         how = f"earns up to {self.margin:.3g} more than" if self.margin > ROUNDING else "earns as much as"
         paid = f"; reward {self.blame[0]!r} makes {self.blame[1]:.3g} of the difference" if self.blame else ""
+        mend = _FREE if self.ordering.strict == "at the end" and not self.blame else self.ordering.mend
         return (
             f"{self.ordering.below!r} {how} {self.ordering.above!r}, {when}, in {self.prompts} of {self.of} "
-            f"prompts{paid}; {self.ordering.mend}"
+            f"prompts{paid}; {mend}"
         )
 
 

@@ -25,6 +25,7 @@ from rl_backspace.audit import (
     TRACES,
     WRONG,
     Audit,
+    Violation,
     audit,
     traces,
 )
@@ -66,6 +67,11 @@ def audited(prepared: Experiment, folder: Path | None = None, **rewards: dict[st
 
 def broken(found: Audit) -> set[tuple[str, str]]:
     return {(violation.ordering.above, violation.ordering.below) for violation in found.violations}
+
+
+def free(violation: Violation) -> bool:
+    """A correction that costs nothing wants other advice than one that pays."""
+    return violation.ordering.below == ONE
 
 
 CORRECT = {"fn": "correctness:checked"}
@@ -176,8 +182,9 @@ def test_each_way_to_be_farmed_is_found_and_the_term_named(
     assert broken(found) - expected <= {(WRONG, LOOP), (WRONG, CUT)}  # which may come with them
     for violation in found.violations:
         assert (violation.blame and violation.blame[0]) in (blamed, None)
-        for said in (violation.ordering.above, violation.ordering.below, violation.ordering.mend):
+        for said in (violation.ordering.above, violation.ordering.below):
             assert said in str(violation)
+        assert (violation.ordering.mend in str(violation)) == (bool(violation.blame) or not free(violation))
         assert violation.of == 6 and bool(violation.blame) == (violation.margin > 0)
 
 

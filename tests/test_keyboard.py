@@ -27,7 +27,7 @@ from rl_backspace.keyboard import Keyboard, alphabet, keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
-from rl_backspace.semantics import Budget, Rules
+from rl_backspace.semantics import Budget, Machine, Rules
 from rl_backspace.tasks import Task, typos
 from rl_backspace.trainer import BackspaceGRPOTrainer
 
@@ -225,13 +225,16 @@ class Typist(Engine):
         super().__init__(made.model, made.rules, keyboard=keyboard)
         self.answers, self.back = answers, next(iter(made.rules.deletes))
 
-    def _sample(self, batch: Any, acting: list[int], *rest: Any) -> tuple[list[int], list[float]]:
-        choices = [self._choice(batch.rows[i]) for i in acting]
-        self.backbone.logits = lambda _: 50 * torch.eye(self.back + 1)[choices]  # type: ignore[method-assign]
-        return super()._sample(batch, acting, *rest)
+    def _choose(self, batch: Any, *rest: Any) -> list[int]:
+        self.asked = {id(row.machine): self.answers[row.index] for row in batch.rows}
+        return super()._choose(batch, *rest)
 
-    def _choice(self, row: Any) -> int:
-        answer, visible = self.answers[row.index], row.machine.visible
+    def _sample(self, hidden: Any, machines: list[Machine], *rest: Any) -> tuple[list[int], list[float]]:
+        choices = [self._choice(self.asked[id(machine)], machine.visible) for machine in machines]
+        self.backbone.logits = lambda _: 50 * torch.eye(self.back + 1)[choices]  # type: ignore[method-assign]
+        return super()._sample(hidden, machines, *rest)
+
+    def _choice(self, answer: list[int], visible: list[int]) -> int:
         return answer[len(visible)] if answer[: len(visible)] == visible and len(visible) < len(answer) else self.back
 
 
