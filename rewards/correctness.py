@@ -40,7 +40,7 @@ def numeric(
         else float(
             end == "eos"
             and (got := _number(_text(completion))) is not None
-            and _LENIENT.subtract(got, expected).copy_abs() <= tolerance
+            and _LENIENT.subtract(got, expected).copy_abs() <= Decimal(str(tolerance))
         )
         for completion, reference, end in zip(completions, answer, ends, strict=True)
     ]

@@ -62,7 +62,8 @@ def progressive(
 ) -> list[list[float]]:
     """`-min(most, cost * growth**(k-1))` at the k-th press of a rollout: corrections are cheap, long searches dear.
 
-    By default the 14th press and all that follow cost the most. With a growth of 1 it is `flat`.
+    By default the 14th press and all that follow cost the most. With a growth of 1, and `most` no less than `cost`,
+    it is `flat`.
 
     Abuse: whoever has pressed often is better off giving up, unless `most` times the presses of another correction
     stays well below what a right answer pays.

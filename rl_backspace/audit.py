@@ -7,6 +7,7 @@ schedule; where one does, a policy that maximises the reward learns to play it.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from rl_backspace.terms import Value, call
 from rl_backspace.warmup import make_corrector
 
 ROWS, POINTS = 16, 11  # prompts that are played, and steps of training at which
+TRIES = 8  # tokens that are tried at a place, where some are right or banned
 MANY = 3  # corrections that are still honest work
 NOMINAL = 1000  # steps, where the config counts epochs
 ROUNDING = 1e-6
 
 RIGHT, ONE, SOME, MOST = "right", "right, 1 correction", f"right, {MANY} corrections", "right, errors on purpose"
+LATE, AGAIN = "right, a late correction", "right, deleted and typed again"
 WRONG, SORRY, SPOILED = "wrong", "wrong, 1 correction", "right, deleted, then wrong"
-EMPTIED, LOOP, EMPTY, CUT = "all deleted, stopped", "loop to the budget", "empty", "never ended"
-TRACES = (RIGHT, ONE, SOME, MOST, WRONG, SORRY, SPOILED, EMPTIED, LOOP, EMPTY, CUT)
+EMPTIED, LOOP, FARM = "all deleted, stopped", "loop to the budget", "errors to the budget"
+EMPTY, CUT = "empty", "never ended"
+TRACES = (RIGHT, ONE, LATE, SOME, MOST, AGAIN, WRONG, SORRY, SPOILED, EMPTIED, LOOP, FARM, EMPTY, CUT)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Ordering:
     strict: str
     mend: str
 
+    def __str__(self) -> str:
+        return f"{self.below!r} below {self.above!r}"
+
 
 _ERRING = "what pays for mending pays for erring: score the final answer only, and let a delete cost something"
 _FREE = "a correction that was not needed must cost something in the end: add a delete cost"
@@ -56,6 +63,8 @@ _CIRCLES = "going round in circles must not earn more than a wrong answer: add a
 ORDERINGS = (
     Ordering(RIGHT, WRONG, "always", _RIGHT),
     Ordering(RIGHT, ONE, "at the end", _ERRING),
+    Ordering(RIGHT, LATE, "at the end", _ERRING),
+    Ordering(RIGHT, AGAIN, "at the end", _ERRING),
     Ordering(ONE, SOME, "never", _EXTRA),
     Ordering(SOME, MOST, "never", _EXTRA),
     Ordering(ONE, WRONG, "always", _DEAR),
@@ -63,6 +72,7 @@ ORDERINGS = (
     Ordering(WRONG, SORRY, "never", _EXTRA),
     Ordering(WRONG, SPOILED, "never", _EXTRA),
     Ordering(WRONG, LOOP, "never", _CIRCLES),
+    Ordering(WRONG, FARM, "never", _CIRCLES),
     Ordering(WRONG, EMPTIED, "never", _GIVE_UP),
     Ordering(WRONG, EMPTY, "never", _GIVE_UP),
     Ordering(WRONG, CUT, "never", _GIVE_UP),
@@ -109,6 +119,7 @@ class Audit:
         earned: trace name -> for each prompt that it can be played on -> for each point, each term's weighted value.
         examples: trace name -> one rollout.
         violations: of `ORDERINGS`.
+        unchecked: those of `ORDERINGS` that no prompt has both traces of.
     """
 
     terms: list[str]
@@ -116,6 +127,7 @@ class Audit:
     earned: dict[str, dict[int, list[list[float]]]]
     examples: dict[str, Rollout]
     violations: list[Violation]
+    unchecked: list[Ordering]
 
     def mean(self, trace: str, point: int) -> list[float]:
         """Each term's weighted value at a point of training, over the prompts."""
@@ -124,30 +136,37 @@ class Audit:
 
 
 def audit(experiment: Experiment, rows: int = ROWS, points: int = POINTS) -> Audit:
-    """Play the traces of some train prompts through the reward as it is at some points of training."""
+    """Play the traces of some train prompts through the reward as it is at some points of training.
+
+    With PPO what counts is the discounted return. Terms are added up by their weights, whatever the trainer's
+    `multi_objective_aggregation` makes of them.
+    """
     names, weights = list(experiment.config.rewards), experiment.args.reward_weights or []
     steps = experiment.args.max_steps if experiment.args.max_steps > 0 else NOMINAL
     schedule = sorted({round(steps * point / (points - 1)) for point in range(points)})
     corrector = make_corrector(experiment.policy, experiment.task, experiment.budget, experiment.config.warmup)
-    chosen = experiment.task.train[:rows]
+    chosen, vocabulary = experiment.task.train[:rows], len(experiment.policy.tokenizer)
+    gamma = experiment.config.ppo.gamma if experiment.config.algorithm == "ppo" else 1.0
     prompts = experiment.policy.encode([row["prompt"] for row in chosen])
     played = [
         (name, index, Rollout(prompt, m.trace, m.visible, [0.0] * len(m.trace), m.end or "budget", m.deleted, 0))
         for index, (row, prompt) in enumerate(zip(chosen, prompts, strict=True))
-        for name, m in traces(corrector, corrector.teacher.expert(row), random.Random(index)).items()
+        for name, m in traces(corrector, corrector.teacher.expert(row), random.Random(index), vocabulary).items()
     ]
     rollouts, played_rows = [rollout for *_, rollout in played], [chosen[index] for _, index, _ in played]
     earned: dict[str, dict[int, list[list[float]]]] = {name: {} for name in TRACES}
     for step in schedule:
         values = call(experiment.terms, rollouts, played_rows, experiment.policy, step, steps)
-        for n, (name, index, _) in enumerate(played):
-            given = [weight * _total(term[n]) for term, weight in zip(values, weights, strict=True)]
+        for n, (name, index, rollout) in enumerate(played):
+            last = len(rollout.actions) - 1
+            given = [weight * _total(term[n], last, gamma) for term, weight in zip(values, weights, strict=True)]
             earned[name].setdefault(index, []).append(given)
     found = {name: by_prompt for name, by_prompt in earned.items() if by_prompt}
     shares = [step / steps for step in schedule]
     examples = {name: rollout for name, _, rollout in reversed(played)}
     violations = [v for ordering in ORDERINGS if (v := _violation(ordering, found, shares, names)) is not None]
-    return Audit(names, shares, found, examples, violations)
+    unchecked = [o for o in ORDERINGS if not found.get(o.above, {}).keys() & found.get(o.below, {}).keys()]
+    return Audit(names, shares, found, examples, violations, unchecked)
 
 
 def heed(experiment: Experiment) -> list[str]:
@@ -164,9 +183,11 @@ def heed(experiment: Experiment) -> list[str]:
     return found
 
 
-def _total(value: Value) -> float:
-    """What one rollout earns of a term; nothing where it has nothing to say."""
-    return sum(value, 0.0) if isinstance(value, list) else value or 0.0
+def _total(value: Value, last: int, gamma: float) -> float:
+    """What one rollout earns of a term, discounted by action; nothing where it has nothing to say."""
+    if isinstance(value, list):
+        return sum((gamma**step * part for step, part in enumerate(value)), 0.0)
+    return gamma**last * (value or 0.0)
 
 
 def _violation(
@@ -196,44 +217,30 @@ def _violation(
     )
 
 
-def traces(corrector: Corrector, expert: Expert, rng: random.Random) -> dict[str, Machine]:
+def traces(corrector: Corrector, expert: Expert, rng: random.Random, vocabulary: int) -> dict[str, Machine]:
     """The traces that can be played on one prompt under the experiment's rules and budget, each played to its end."""
-    right = list(_corrected(corrector, expert, rng))
-    found = dict.fromkeys(TRACES)
-    found[RIGHT] = right[0]
-    for name, count in ((ONE, 1), (SOME, MANY), (MOST, len(right) - 1)):
-        if 0 < count < len(right) and (name != MOST or count > MANY):
-            found[name] = right[count]
-    player = _Player(corrector, expert)
-    found[WRONG] = player.wrongly(right[0].trace)
-    if len(right) > 1:
-        found[SORRY] = player.wrongly(right[1].trace)
-    found[SPOILED] = player.spoiled()
+    player = _Player(corrector, expert, vocabulary)
+    found: dict[str, Machine | None] = {RIGHT: player.play(expert.gold)}
+    most = corrector.teacher.budget.most_actions
+    for name, least, count in ((ONE, 1, 1), (SOME, MANY, MANY), (MOST, MANY + 1, most)):
+        planted = Corrector(corrector.teacher, clean=0.0, late=0).plant(expert, "random", count, rng)
+        found[name] = player.play(planted.actions) if len(planted.mistakes) >= least else None
+    found[LATE] = player.late()
+    found[AGAIN] = player.again()
+    found[WRONG], found[SORRY], found[SPOILED] = player.wrongly()
     found[EMPTIED] = player.emptied()
     found[LOOP] = player.loop()
+    found[FARM] = player.farm()
     found[EMPTY] = player.play([corrector.teacher.eos])
     found[CUT] = player.cut()
-    return {name: machine for name, machine in found.items() if machine is not None and machine.end}
-
-
-def _corrected(corrector: Corrector, expert: Expert, rng: random.Random) -> Iterator[Machine]:
-    """The right answer with 0, 1, 2, ... errors on the way, noticed at once, as many as fit the budget."""
-    at_once = Corrector(corrector.teacher, clean=0.0, late=0)
-    for count in range(corrector.teacher.budget.most_actions):
-        planted = at_once.plant(expert, "random", count, rng)
-        if len(planted.mistakes) < count:
-            return
-        machine = Machine(corrector.teacher.rules, corrector.teacher.budget)
-        for action in planted.actions:
-            machine.step(action)
-        yield machine
+    return {name: m for name in TRACES if (m := found[name]) is not None and m.end}
 
 
 class _Player:
-    """Plays what is no right answer on one prompt; None where the rules leave no way to."""
+    """Plays what is no plain right answer on one prompt; None where the rules leave no way to."""
 
-    def __init__(self, corrector: Corrector, expert: Expert):
-        self.teacher, self.expert = corrector.teacher, expert
+    def __init__(self, corrector: Corrector, expert: Expert, vocabulary: int):
+        self.teacher, self.expert, self.vocabulary = corrector.teacher, expert, vocabulary
         self.presses = sorted(self.teacher.rules.deletes, key=lambda token: str(self.teacher.rules.deletes[token]))
 
     def play(self, actions: Sequence[int]) -> Machine | None:
@@ -245,25 +252,94 @@ class _Player:
             machine.step(action)
         return machine
 
-    def wrongly(self, right: Sequence[int]) -> Machine | None:
-        """A right trace with another last token, or one more; finished, and wrong."""
-        ends = [right[:-1]] if len(right) < 2 or right[-2] in self.teacher.rules.deletes else [right[:-2], right[:-1]]
-        return next((m for end in ends if (m := self._end_wrongly(end)) is not None), None)
+    def late(self) -> Machine | None:
+        """Several wrong tokens before the deletes, as many as fit, on the way to the right answer."""
+        for length in (MANY, 2):
+            for depth in range(len(self.expert.gold)):
+                if (machine := self._mended(self.expert.gold, depth, length)) is not None:
+                    return machine
+        return None
 
-    def _end_wrongly(self, actions: Sequence[int]) -> Machine | None:
+    def _mended(self, path: Sequence[int], depth: int, length: int) -> Machine | None:
+        """The trace that types `path`, with `length` other tokens at a depth, taken back."""
         for token in self.teacher.alphabet:
-            machine = self.play([*actions, token, self.teacher.eos])
-            if machine is not None and not self._is_right(machine):
+            if token == path[depth] or self.expert.alive([*path[:depth], token]):
+                continue
+            wrong = [token, *itertools.islice(itertools.cycle(self.teacher.alphabet), length - 1)]
+            presses, left = self.expert.take_back(path[:depth], wrong)
+            machine = self.play([*path[:depth], *wrong, *presses, *path[left:]])
+            if machine is not None and machine.end == "eos":
                 return machine
         return None
 
+    def again(self) -> Machine | None:
+        """A right answer, one press, and the same again."""
+        whole = self.expert.gold
+        for press in self.presses:
+            machine = self.play([*whole[:-1], press])
+            again = machine and self.play([*whole[:-1], press, *whole[len(machine.visible) :]])
+            if again:
+                return again
+        return None
+
+    def wrongly(self) -> tuple[Machine | None, Machine | None, Machine | None]:
+        """A wrong answer typed at once, with a correction on the way, and in the place of a right one: the same text
+        in all three where some text allows that, so that nothing but the way to it differs."""
+        best: tuple[Machine | None, Machine | None, Machine | None] = (None, None, None)
+        for path in self._wrong_paths():
+            plain = self.play(path)
+            if plain is None or plain.end != "eos" or self._is_right(plain):
+                continue
+            mended = (self._mended(path, depth, 1) for depth in range(len(path)))
+            found = (plain, next((m for m in mended if m is not None), None), self._spoiled(path))
+            if best[0] is None or (best.count(None) > found.count(None)):
+                best = found
+            if None not in best:
+                break
+        return best
+
+    def _wrong_paths(self) -> Iterator[list[int]]:
+        """The right answer with one other token, the last places first, or with one more; some of them are right."""
+        gold = self.expert.gold
+        for depth in reversed(range(len(gold) - 1)):
+            for token in self.teacher.alphabet[:TRIES]:
+                if token != gold[depth]:
+                    yield [*gold[:depth], token, *gold[depth + 1 :]]
+        for token in self.teacher.alphabet[:TRIES]:
+            yield [*gold[:-1], token, gold[-1]]
+
+    def _spoiled(self, path: list[int]) -> Machine | None:
+        """A right answer, deletes, and the rest of another one."""
+        for press in self.presses:
+            for count in range(1, len(self.expert.gold)):
+                begun = [*self.expert.gold[:-1], *[press] * count]
+                machine = self.play(begun)
+                if machine is None:
+                    break
+                if machine.visible == path[: len(machine.visible)]:
+                    spoiled = self.play([*begun, *path[len(machine.visible) :]])
+                    if spoiled is not None and spoiled.end == "eos":
+                        return spoiled
+        return None
+
+    def farm(self) -> Machine | None:
+        """Err, delete, err, delete, with ever new errors where the old ones are banned, until the budget ends."""
+        machine = Machine(self.teacher.rules, self.teacher.budget)
+        fixed = {*self.teacher.rules.eos, *self.teacher.rules.deletes}
+        while machine.end is None:
+            illegal = set(machine.illegal())
+            move = next((press for press in self.presses if press not in illegal), None)
+            if move is None:
+                tokens = itertools.chain(self.teacher.alphabet, range(self.vocabulary))
+                wrong = (t for t in tokens if t not in illegal and t not in fixed and not self.expert.alive([t]))
+                move = next(wrong, None)
+            if move is None:
+                return None
+            machine.step(move)
+        return machine if machine.deleted > 1 else None
+
     def _is_right(self, machine: Machine) -> bool:
         return self.teacher.task.correct(self.expert.row, self.teacher.text(machine.answer))
-
-    def spoiled(self) -> Machine | None:
-        """All of a right answer typed, one press, and another end."""
-        ways = (self._end_wrongly([*self.expert.gold[:-1], press]) for press in self.presses)
-        return next((machine for machine in ways if machine is not None), None)
 
     def emptied(self) -> Machine | None:
         """As much of a right answer as can be taken back, all of it deleted, and the end."""

@@ -127,7 +127,9 @@ def audit_rewards(context: typer.Context, config: ConfigPath) -> None:
         console.print(f"violated: {violation}", soft_wrap=True)
     if found.violations:
         raise typer.Exit(1)
-    console.print("nothing that should not pay does, at any point of training")
+    for ordering in found.unchecked:
+        console.print(f"not checked, for these rules and this budget have no room for it: {ordering}", soft_wrap=True)
+    console.print(f"nothing else pays that should not, at {len(found.shares)} points of training")
 
 
 @app.command(name="eval")

@@ -392,15 +392,16 @@ UNSUPPORTED = {
     "eval_on_start": "test prompts are measured before and after; set evaluation.rows",
     "chat_template_kwargs": "prompts are rendered by the tokenizer's chat template as it is; edit the template",
     "model_init_kwargs": "the base model is loaded as its own config.json says; edit that",
+    "resume_from_checkpoint": "name a run as the model to go on from it",
     "sync_ref_model": "the reference is the policy as it was when RL began",
 }
 
 
-NOT_PPO = {
-    "scale_rewards": "its advantages are scaled by ppo.whiten, not by groups",
-    "multi_objective_aggregation": "its advantages are scaled by ppo.whiten, not by groups",
-    "off_policy_mask_threshold": "it wants one advantage per rollout",
-    "mask_truncated_completions": "an episode that was cut short would have no end to learn from",
+NOT_PPO: dict[str, tuple[tuple[Any, ...], str]] = {  # what is harmless, and why all else is refused
+    "scale_rewards": ((None, "group", True, "none", False), "its advantages are scaled by ppo.whiten, not by groups"),
+    "multi_objective_aggregation": ((None, "sum_then_normalize"), "its advantages are scaled by ppo.whiten"),
+    "off_policy_mask_threshold": ((None,), "it wants one advantage per rollout"),
+    "mask_truncated_completions": ((None, False), "an episode that was cut short would have no end to learn from"),
 }
 WARMUP_UNSUPPORTED = {
     "dataloader_num_workers": "corrections come from what the model does now, which workers would not see",
@@ -483,7 +484,11 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
     if delete is not None and "line" in delete.tokens.values() and not delete.boundary:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")
     if content.get("algorithm") == "ppo":
-        problems += [f"trainer.{key}: not with ppo; {why}" for key, why in NOT_PPO.items() if trainer.get(key)]
+        problems += [
+            f"trainer.{key}: {trainer[key]!r} not with ppo; {why}"
+            for key, (harmless, why) in NOT_PPO.items()
+            if trainer.get(key) not in harmless
+        ]
     rewards = _part(dict[str, Reward], content.get("rewards"))
     if rl and rewards and all(reward.weight == 0 for reward in rewards.values()):
         problems.append("rewards: every weight is 0, so there is nothing to learn from; give one a weight")

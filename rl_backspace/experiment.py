@@ -137,7 +137,10 @@ def _policy(config: Config) -> Policy:
                 f"model: the run {run} was trained with {key} {its and its.model_dump()}, but here it is "
                 f"{ours and ours.model_dump()}; make them equal, or start from a base model"
             )
-    return load(folder.policy, trainable=True)
+    policy = load(folder.policy, trainable=True)
+    if config.warmup.steps or config.algorithm != "ppo":
+        policy.critic = None  # it would know another policy than the one that is saved
+    return policy
 
 
 def model_of(config: Config) -> str:

@@ -38,7 +38,7 @@ def resolve(fn: str, where: str, bundled: str | None = None) -> Callable[..., An
         raise UserError(
             f"{where}: {fn!r}: no file {source}; paths are relative to where you run the command"
         ) from error
-    except Exception as error:  # a plug-in may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything while it is imported
         raise UserError(f"{where}: {fn!r} cannot be imported: {one_line(error)}") from error
     function = getattr(module, attribute, None)
     if function is None:
@@ -151,7 +151,7 @@ def load_task(spec: Mapping[str, Any], seed: int) -> Task:
         task = function(**arguments)
     except UserError:
         raise
-    except Exception as error:  # a plug-in may raise anything
+    except (Exception, SystemExit) as error:  # a plug-in may raise anything
         raise UserError(f"task: {fn} raised {one_line(error)}") from error
     if not isinstance(task, Task):
         raise UserError(f"task.fn: {fn!r} returned {type(task).__name__}; expected rl_backspace.tasks.Task")
@@ -213,5 +213,5 @@ class Guarded:
             return self.function(row, text, *others)
         except UserError:
             raise
-        except Exception as error:  # a plug-in may raise anything
+        except (Exception, SystemExit) as error:  # a plug-in may raise anything
             raise UserError(f"task: {self.name!r} of {self.fn} raised {one_line(error)}") from error

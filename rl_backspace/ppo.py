@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rl_backspace.backbone import causal_lm
 from rl_backspace.config import PPO
-from rl_backspace.policy import Critic
+from rl_backspace.policy import Critic, Policy
 from rl_backspace.scoring import Packed
 from rl_backspace.terms import Value
 from rl_backspace.trainer import BackspaceGRPOTrainer
@@ -30,25 +30,24 @@ class BackspacePPOTrainer(BackspaceGRPOTrainer):
     """PPO over traces: `BackspaceGRPOTrainer` with a critic.
 
     The critic is a linear layer on the hidden state that chooses the action; it starts at zero, or as the policy was
-    saved with it. It is a part of the model while this trains, so that wrappers and optimizers see it.
+    saved with it. It is a part of the model while that trains, so that wrappers and optimizers see it.
 
     Args:
         ppo: the discount, GAE's lambda and the value loss.
         **kwargs: `BackspaceGRPOTrainer`'s.
     """
 
-    def __init__(self, *args: Any, ppo: PPO, **kwargs: Any):
-        policy = args[0]
+    def __init__(self, policy: Policy, *args: Any, ppo: PPO, **kwargs: Any):
         if policy.critic is None:
             policy.critic = Critic.like(policy.model)
         self.ppo, self.critic = ppo, policy.critic.requires_grad_(True)
         self._values: Tensor | None = None  # (B, K) of the traces that are being scored, with gradients
-        policy.model.add_module("critic", self.critic)
-        super().__init__(*args, **kwargs)
+        super().__init__(policy, *args, **kwargs)
         self.engine.critic = self.critic
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; afterwards the model is as before, and the critic beside it in the policy."""
+        """TRL's, with the critic as a part of the model; afterwards it is beside it again, in the policy."""
+        self.policy.model.add_module("critic", self.critic)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -67,33 +66,33 @@ class BackspacePPOTrainer(BackspaceGRPOTrainer):
         for i, rollout in enumerate(self._rollouts):
             values[i, : len(rollout.values)] = torch.tensor(rollout.values)
         advantages = gae(rewards, values, mask, self.ppo.gamma, self.ppo.lam)
-        unscorable = [all(term.latest[i] is None for term in self.reward_funcs) for i in range(len(mask))]
-        advantages[torch.tensor(unscorable, device=mask.device)] = 0.0  # nothing to learn from it, for the critic too
-        self._log("explained_variance", explained_variance(values, advantages + values, mask))
-        batch["values"], batch["returns"] = values, advantages + values
-        batch["advantages"] = self._whiten(advantages, mask) if self.ppo.whiten else advantages
+        scorable = [any(term.latest[i] is not None for term in self.reward_funcs) for i in range(len(mask))]
+        known = mask * torch.tensor(scorable, device=mask.device)[:, None]  # of the others nothing can be learned
+        self._log("explained_variance", explained_variance(values, advantages + values, known))
+        batch["known"], batch["values"], batch["returns"] = known, values, advantages + values
+        batch["advantages"] = self._whiten(advantages, known) if self.ppo.whiten else advantages * known
         return batch
 
     def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and standard deviation 1 over all actions of the batch, on all processes."""
+        """Mean 0 and standard deviation 1 over the masked actions of the batch, on all processes; 0 elsewhere."""
         real = mask.bool()
-        sums = torch.stack([advantages[real].sum(), advantages[real].square().sum(), real.sum().float()])
-        total, squares, count = self.accelerator.reduce(sums, "sum")
-        mean = total / count.clamp(min=1)
-        deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-        return ((advantages - mean) / (deviation + 1e-8)).masked_fill(~real, 0.0)
+        total, count = self.accelerator.reduce(torch.stack([advantages[real].sum(), real.sum().float()]), "sum")
+        centred = (advantages - total / count.clamp(min=1)).masked_fill(~real, 0.0)
+        variance = self.accelerator.reduce(centred.square().sum(), "sum") / count.clamp(min=1)
+        return centred / (variance.sqrt() + 1e-4)  # as TRL's groups: what differs by rounding alone stays small
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         policy_loss = super()._compute_loss(model, inputs)
         assert self._values is not None
+        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the generated batch
+        count = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * window
         loss, clipped = value_loss(
-            self._values, inputs["values"], inputs["returns"], inputs["completion_mask"], self.ppo.cliprange_value
+            self._values, inputs["values"], inputs["returns"], inputs["known"], self.ppo.cliprange_value, count
         )
         self._values = None
         self._log("value_loss", loss.detach())
         self._log("value_clipped", clipped)
-        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
-        return policy_loss + self.ppo.vf_coef * loss / accumulated
+        return policy_loss + self.ppo.vf_coef * loss
 
     def _score(self, model: Any, packed: Packed, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """The same, and where the loss asks, the critic's values from the same forward pass."""
@@ -154,23 +153,26 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def value_loss(
-    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float | None, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Half the mean squared error of values (B, K) over the real actions, and the share of them that was clipped.
+    """Half the squared error of values (B, K), summed over the real actions and divided by `count`, which may be that
+    of more micro-batches than one; and the share of the real ones that was clipped.
 
     Clipped as in PPO's first implementation: the worse of the error and that of a value within `cliprange` of the
     old one; None: not at all.
     """
-    real, count = mask.bool(), mask.sum().clamp(min=1)
+    real = mask.bool()
     error = (values - returns).square()
     if cliprange is None:
         return 0.5 * error[real].sum() / count, values.new_zeros(())
     near = (old + (values - old).clamp(-cliprange, cliprange) - returns).square()
-    return 0.5 * torch.maximum(error, near)[real].sum() / count, (near > error)[real].sum() / count
+    return 0.5 * torch.maximum(error, near)[real].sum() / count, (near > error)[real].sum() / mask.sum().clamp(min=1)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the real actions: 1 where the critic knows, 0 where it does not."""
+    """1 - Var(returns - values) / Var(returns) over the real actions: 1 where the critic knows, 0 where it does not,
+    and where there is nothing to know because returns do not vary."""
     real = mask.bool()
     spread = returns[real].var(correction=0)
-    return 1 - (returns - values)[real].var(correction=0) / spread.clamp(min=1e-8)
+    explained = 1 - (returns - values)[real].var(correction=0) / spread.clamp(min=1e-8)
+    return torch.where(spread > 1e-8, explained, 0.0)

@@ -194,7 +194,7 @@ def report(experiment: Experiment, stages: dict[str, Any], summary: dict[str, An
     policy = experiment.policy
     console.print()
     console.print(results_table(stages, experiment.task.ceiling))
-    legend = {"base": "before any training", "before": "after the correction warm-up", "after": "after RL"}
+    legend = {"base": "to begin with", "before": "before RL", "after": "after RL"}
     console.print("; ".join(f"{stage}: {when}" for stage, when in legend.items() if stage in stages), style="dim")
     if summary["detector"]:
         console.print(detector_table(summary["detector"]))

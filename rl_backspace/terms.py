@@ -7,8 +7,10 @@ its own reward functions.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +54,8 @@ def load_terms(
         try:
             function = resolve(reward.fn, f"{where}.fn", bundled="rl_backspace.rewards")
             bind(function, reward.kwargs, f"{where}.kwargs")
+            if taken := [key for key in reward.kwargs if key in INPUTS]:
+                raise UserError(f"{where}.kwargs.{taken[0]}: every reward gets that from the run; take it out")
             if task is not None:
                 _check_inputs(function, reward, task, where)
             terms.append(make_term(name, function, reward, shared))
@@ -89,14 +93,15 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
         term.latest = _checked(values, len(inputs["completions"]), lengths, name, reward.fn)  # type: ignore[attr-defined]
         return [sum(value, 0.0) if isinstance(value, list) else value for value in term.latest]  # type: ignore[attr-defined]
 
-    if is_async_callable(function):
+    if is_async_callable(function):  # TRL runs those side by side
 
         async def term(**inputs: Any) -> list[float | None]:
             try:
-                values = await function(**arguments(inputs))
+                running = asyncio.run_coroutine_threadsafe(function(**arguments(inputs)), _loop())
+                values = await asyncio.wrap_future(running)
             except UserError:  # the task's own functions name themselves
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _raised(name, reward.fn, error) from error
             return checked(values, inputs)
     else:
@@ -106,7 +111,7 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
                 values = function(**arguments(inputs))
             except UserError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _raised(name, reward.fn, error) from error
             return checked(values, inputs)
 
@@ -114,12 +119,24 @@ def make_term(name: str, function: Callable[..., Any], reward: Reward, shared: M
     return term
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all async rewards, in checks and in training: a client or a semaphore belongs to one."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
 def is_async_callable(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine: an async function, or an object whose `__call__` is one."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _raised(name: str, fn: str, error: Exception) -> UserError:
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _raised(name: str, fn: str, error: BaseException) -> UserError:
     return UserError(f"rewards.{name}: {fn} raised {one_line(error)}")
 
 
@@ -137,6 +154,8 @@ def _checked(values: Any, expected: int, lengths: Sequence[int] | None, name: st
         )
     checked: list[Value] = []
     for row, value in enumerate(values):
+        if hasattr(value, "tolist"):  # an array or a tensor
+            value = value.tolist()
         if lengths is not None and isinstance(value, (list, tuple)):
             if len(value) != lengths[row]:
                 raise UserError(
@@ -155,8 +174,9 @@ def _number(part: Any, value: Any, row: int, name: str, fn: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
+        shown = " ".join(repr(value).split())[:80]
         raise UserError(
-            f"rewards.{name}: {fn} returned {value!r} for row {row}; expected a finite number, None, "
+            f"rewards.{name}: {fn} returned {shown} for row {row}; expected a finite number, None, "
             "or a list with a number for each action"
         )
     return number
@@ -171,23 +191,18 @@ def call(
         "prompts": prompts,
         "completions": visible_completions(rollouts, prompts, policy),
         "completion_ids": [rollout.visible for rollout in rollouts],
-        "trainer_state": TrainerState(global_step=step, max_steps=steps),
+        "trainer_state": TrainerState(global_step=step, max_steps=steps, epoch=step / steps, num_train_epochs=1),
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
     }
     entries = reward_inputs(rollouts, rows)
     columns = {key: [entry[key] for entry in entries] for key in entries[0] if key not in ("prompt", "completion")}
 
-    async def finish(awaitable: Any) -> Any:
-        return await awaitable
-
-    found = []
     for term in terms:
         result = term(**inputs, **columns)
         if inspect.isawaitable(result):
-            asyncio.run(finish(result))
-        found.append(term.latest)  # type: ignore[attr-defined]
-    return found
+            asyncio.run(_finish(result))
+    return [term.latest for term in terms]  # type: ignore[attr-defined]
 
 
 def reward_inputs(rollouts: list[Rollout], rows: list[Row]) -> list[dict[str, Any]]:

@@ -10,9 +10,12 @@ from checkpoints import checkpoint
 from test_cli import Replace, assert_refused, call, experiment, here
 
 from rl_backspace.audit import (
+    AGAIN,
     CUT,
     EMPTIED,
     EMPTY,
+    FARM,
+    LATE,
     LOOP,
     MANY,
     MOST,
@@ -71,7 +74,7 @@ def broken(found: Audit) -> set[tuple[str, str]]:
 
 def free(violation: Violation) -> bool:
     """A correction that costs nothing wants other advice than one that pays."""
-    return violation.ordering.below == ONE
+    return violation.ordering.below in (ONE, LATE)
 
 
 CORRECT = {"fn": "correctness:checked"}
@@ -92,7 +95,7 @@ def test_each_trace_is_what_its_name_says(
     corrector = make_corrector(made.policy, made.task, made.budget, made.config.warmup)
     eos = made.policy.tokenizer.eos_token_id
     for row in made.task.train[:3]:
-        found = traces(corrector, corrector.teacher.expert(row), random.Random(0))
+        found = traces(corrector, corrector.teacher.expert(row), random.Random(0), len(made.policy.tokenizer))
 
         def right(machine: Machine, row: dict[str, Any] = row) -> bool:
             return machine.end == "eos" and made.task.correct(row, made.policy.text(machine.visible))
@@ -100,16 +103,19 @@ def test_each_trace_is_what_its_name_says(
         for name, machine in found.items():
             again = replay(machine.trace, made.policy.rules, made.budget)  # legal, action by action
             assert (again.visible, again.end) == (machine.visible, machine.end), name
-        assert {RIGHT, ONE, WRONG, SORRY, SPOILED, EMPTY, EMPTIED, CUT} <= found.keys()
+        assert {RIGHT, ONE, WRONG, SORRY, EMPTY, EMPTIED, CUT} <= found.keys()
         assert {name: right(machine) for name, machine in found.items()} == {
-            name: name in (RIGHT, ONE, SOME, MOST) for name in found
+            name: name in (RIGHT, ONE, LATE, SOME, MOST, AGAIN) for name in found
         }
         deletes = {name: machine.deleted for name, machine in found.items()}
         assert deletes[RIGHT] == deletes[WRONG] == deletes[EMPTY] == deletes[CUT] == 0
-        assert deletes[ONE] >= 1 and deletes[SORRY] == deletes[ONE]
+        assert deletes[ONE] >= 1 and deletes[SORRY] >= 1
+        assert found[SORRY].visible == found[WRONG].visible == found.get(SPOILED, found[WRONG]).visible
         assert deletes.get(SOME, MANY) >= MANY and deletes.get(MOST, MANY + 1) > MANY
-        assert found[WRONG].end == found[SORRY].end == found[SPOILED].end == "eos"
-        assert len(found[WRONG].visible) > 1 and deletes[SPOILED] == 1
+        assert found[WRONG].end == found[SORRY].end == "eos"
+        assert len(found[WRONG].visible) > 1 and deletes.get(SPOILED, 1) >= 1
+        assert (AGAIN in found) == (retry == "free")
+        assert deletes.get(FARM, 2) > 1 and (FARM not in found or found[FARM].end in ("budget", "length"))
         assert found[EMPTY].visible == found[EMPTIED].visible == [eos]
         assert deletes[EMPTIED] > 0 and found[CUT].end == "length"
         if LOOP in found:
@@ -131,7 +137,8 @@ def test_a_reward_that_teaches_what_is_wanted_passes(prepared: Experiment) -> No
         shaping={"fn": "shaping:progress"},
     )
     assert not found.violations
-    assert set(found.earned) == set(TRACES)
+    assert set(found.earned) == set(TRACES) - {AGAIN}
+    assert [(o.above, o.below) for o in found.unchecked] == [(RIGHT, AGAIN)]  # with a ban
     right = [sum(terms) for points in found.earned[RIGHT].values() for terms in points]
     assert min(right) > 0.8
 
@@ -179,7 +186,12 @@ def test_each_way_to_be_farmed_is_found_and_the_term_named(
 ) -> None:
     found = audited(prepared, **rewards)
     assert expected <= broken(found)
-    assert broken(found) - expected <= {(WRONG, LOOP), (WRONG, CUT)}  # which may come with them
+    assert broken(found) - expected <= {
+        (WRONG, LOOP),
+        (WRONG, FARM),
+        (WRONG, CUT),
+        (RIGHT, LATE),
+    }  # which may come with them
     for violation in found.violations:
         assert (violation.blame and violation.blame[0]) in (blamed, None)
         for said in (violation.ordering.above, violation.ordering.below):

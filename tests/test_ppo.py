@@ -16,7 +16,7 @@ from rl_backspace.backbone import causal_lm
 from rl_backspace.config import PPO, Reward
 from rl_backspace.engine import GREEDY, Engine, Rollout
 from rl_backspace.policy import Critic, Policy, load
-from rl_backspace.ppo import BackspacePPOTrainer, action_rewards, gae, value_loss
+from rl_backspace.ppo import BackspacePPOTrainer, action_rewards, explained_variance, gae, value_loss
 from rl_backspace.semantics import Budget, contexts
 from rl_backspace.terms import make_term
 
@@ -43,8 +43,12 @@ def trainer_of(
     return BackspacePPOTrainer(policy, rows, BUDGET, terms, args, dataset(rows.train), ppo=ppo)
 
 
-def silent(completions: list[str], **_: Any) -> list[None]:
-    return [None] * len(completions)
+def every_other(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    return [value if i % 2 else None for i, value in enumerate(low(completion_ids))]
+
+
+def constant(completions: list[str], **_: Any) -> list[float]:
+    return [1.1] * len(completions)
 
 
 def opinionated(policy: Policy) -> Critic:
@@ -110,8 +114,8 @@ def test_the_value_loss_action_by_action(cliprange: float | None) -> None:
             errors.append(float(min(max(v, o - cliprange), o + cliprange) - r) ** 2)
             clipped += errors[1] > errors[0]
         total += max(errors)
-    loss, share = value_loss(values, old, returns, mask, cliprange)
-    assert loss.item() == pytest.approx(0.5 * total / 7)
+    loss, share = value_loss(values, old, returns, mask, cliprange, torch.tensor(10.0))
+    assert loss.item() == pytest.approx(0.5 * total / 10)
     assert share.item() == pytest.approx(clipped / 7)
 
 
@@ -193,7 +197,7 @@ def test_the_loss_is_the_papers_action_by_action(deleter: Policy, tmp_path: Path
     policy_loss = value = 0.0
     clipped = [0, 0]
     for (log_ratio, now_, old_, return_), advantage_ in zip(rows, advantages, strict=True):
-        ratio, scaled = math.exp(log_ratio), (advantage_ - mean) / (deviation + 1e-8)
+        ratio, scaled = math.exp(log_ratio), (advantage_ - mean) / (deviation + 1e-4)
         bounded = min(max(ratio, 0.8), 1.2)
         policy_loss -= min(ratio * scaled, bounded * scaled)
         near = min(max(now_, old_ - 0.05), old_ + 0.05)
@@ -203,14 +207,54 @@ def test_the_loss_is_the_papers_action_by_action(deleter: Policy, tmp_path: Path
     assert loss.item() == pytest.approx((policy_loss + 0.3 * value) / len(rows), rel=1e-4, abs=1e-5)
 
 
-def test_an_unscorable_rollout_teaches_nothing(deleter: Policy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whiten", [True, False])
+def test_an_unscorable_rollout_teaches_nothing(deleter: Policy, tmp_path: Path, whiten: bool) -> None:
+    """Neither the policy nor the critic, nor what the others are compared with."""
     opinionated(deleter)
-    trainer = trainer_of(deleter, tmp_path, PPO(whiten=False), (silent,), max_steps=1)
-    inputs = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task().train[:2]) for _ in range(2)]
+    trainer = trainer_of(deleter, tmp_path, PPO(whiten=whiten), (every_other,), max_steps=1)
+    batch = generated(trainer)
+    silent, heard = batch["advantages"][::2], batch["advantages"][1::2]
+    assert not silent.any() and heard.any(1).all() and not batch["known"][::2].any()
+    mask = batch["completion_mask"][1::2].bool()
+    assert torch.equal(batch["known"][1::2].bool(), mask)
+    if whiten:
+        assert heard[mask].mean().item() == pytest.approx(0, abs=1e-5)
+        assert heard[mask].std(correction=0).item() == pytest.approx(1, abs=1e-2)
+
+
+def generated(trainer: BackspacePPOTrainer) -> dict[str, Any]:
+    inputs = [{"prompt": row["prompt"], "row": i} for i, row in enumerate(task().train[:4]) for _ in range(2)]
     trainer.model.train()
-    batch = trainer._generate_and_score_completions(inputs)
-    assert not batch["advantages"].any()
-    assert torch.equal(batch["returns"], batch["values"]) and batch["values"].any()
+    return trainer._generate_and_score_completions(inputs)
+
+
+def test_advantages_that_are_all_the_same_stay_small(deleter: Policy, tmp_path: Path) -> None:
+    """Rounding is not blown up to a deviation of 1."""
+    trainer = trainer_of(deleter, tmp_path, PPO(lam=1.0), (constant,), max_steps=1)
+    assert generated(trainer)["advantages"].abs().max() < 0.1
+
+
+def test_micro_batches_teach_the_critic_what_one_batch_does(deleter: Policy, tmp_path: Path) -> None:
+    ends = []
+    weights = {name: p.detach().clone() for name, p in deleter.model.state_dict().items()}
+    for size, accumulated in ((16, 1), (4, 4)):
+        deleter.model.load_state_dict(weights)
+        deleter.critic = None
+        fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 1}
+        fields |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "loss_type": "dapo"}
+        trainer_of(deleter, tmp_path, PPO(vf_coef=1.0), **fields).train()
+        ends.append(deleter.critic.weight.detach().clone())  # type: ignore[attr-defined]
+    assert ends[0].any()
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-7)
+
+
+def test_explained_variance() -> None:
+    returns, mask = torch.tensor([[1.0, 2.0, 9.0], [3.0, 0.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    assert explained_variance(returns, returns, mask).item() == 1
+    assert explained_variance(torch.zeros(2, 3), returns, mask).item() == 0
+    off = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
+    assert explained_variance(returns + off, returns, mask).item() == pytest.approx(1 - 1 / 1.25)
+    assert explained_variance(returns, torch.ones(2, 3), mask).item() == 0  # nothing to know
 
 
 @pytest.mark.parametrize(
@@ -228,7 +272,6 @@ def test_it_trains_policy_and_critic_and_scores_what_it_sampled(
 ) -> None:
     trainer = trainer_of(deleter, tmp_path, **{"max_steps": 3, **fields})
     before = {name: p.detach().clone() for name, p in parameters(deleter).items()}
-    assert any("critic" in name for name in before)
     trainer.train()
     after = parameters(deleter)
     assert not any("critic" in name for name in after)  # it is beside the model again
@@ -257,7 +300,7 @@ def test_the_critic_is_saved_and_resumed_with_the_policy(deleter: Policy, tmp_pa
 
 
 def test_a_checkpoint_holds_the_critic(deleter: Policy, tmp_path: Path) -> None:
-    """Training to the end equals training half way, and the rest from a checkpoint, for the critic too."""
+    """Trainer checkpoints have it too, and give it back."""
     trainer = trainer_of(deleter, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     saved = Critic.like(deleter.model)

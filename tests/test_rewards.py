@@ -80,6 +80,7 @@ def test_numeric_compares_numbers() -> None:
     ends = ["eos"] * 4 + ["length", "eos"]
     answers = ["1234"] * 5 + ["no number"]
     assert numeric(texts, answers, ends) == [1, 1, 0, 0, 0, None]
+    assert numeric(["1.3", "1.6"], ["1", "1"], ["eos"] * 2, tolerance=0.3) == [1, 0]
     assert numeric(texts, answers, ends, tolerance=1) == [1, 1, 1, 0, 0, None]
 
 
@@ -507,6 +508,38 @@ def test_async_functions_and_callable_objects(tmp_path: Path) -> None:
     # TRL runs coroutine functions side by side, so it must see which terms are
     assert inspect.iscoroutinefunction(term(f"{path}:later")) and inspect.iscoroutinefunction(term(f"{path}:slow"))
     assert not inspect.iscoroutinefunction(term(f"{path}:judge"))
+
+
+def test_an_async_reward_has_one_event_loop_wherever_it_is_called(tmp_path: Path) -> None:
+    """What is bound to a loop at its first use, such as a semaphore, works in the checks and in training."""
+    path = plugin(
+        tmp_path,
+        "import asyncio\ngate = asyncio.Semaphore(1)\n"
+        "async def one():\n    async with gate:\n        await asyncio.sleep(0.001)\n        return 1.0\n"
+        "async def judge(completions):\n    return await asyncio.gather(*(one() for _ in completions))\n",
+    )
+    judge = term(f"{path}:judge")
+    for _ in range(3):
+        assert call(judge, ["a", "b", "c"]) == [1, 1, 1]
+
+
+def test_a_reward_that_leaves_is_named(tmp_path: Path) -> None:
+    path = plugin(tmp_path, "import sys\ndef leave(completions):\n    sys.exit(3)\n")
+    with pytest.raises(UserError, match=r"rewards\.it: .*mine\.py:leave raised SystemExit: 3"):
+        call(term(f"{path}:leave"), ["a"])
+    path = plugin(tmp_path, "import sys\nsys.exit()\n", "script.py")
+    with pytest.raises(UserError, match=r"script\.py:main' cannot be imported: SystemExit"):
+        term(f"{path}:main")
+
+
+def test_a_setting_cannot_take_the_place_of_what_the_run_gives(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rewards\.it\.kwargs\.task: every reward gets that from the run"):
+        terms(it=Reward(fn="correctness:checked", kwargs={"task": 3}))
+
+
+def test_arrays_are_rewards_per_action_too(tmp_path: Path) -> None:
+    path = plugin(tmp_path, "import numpy\ndef each(actions):\n    return [numpy.ones(len(a)) / 2 for a in actions]\n")
+    assert call(term(f"{path}:each"), ["a", "b"], actions=[[5, 6], [7]]) == [1.0, 0.5]
 
 
 def test_trls_own_rewards_work_unchanged() -> None:
