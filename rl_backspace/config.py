@@ -485,7 +485,7 @@ def _combinations(content: Mapping[str, Any]) -> list[str]:
         problems.append("delete.boundary: empty, but a delete token takes back a 'line'; give the text that ends one")
     if content.get("algorithm") == "ppo":
         problems += [
-            f"trainer.{key}: {trainer[key]!r} not with ppo; {why}"
+            f"trainer.{key}: got {trainer[key]!r}, not with ppo; {why}"
             for key, (harmless, why) in NOT_PPO.items()
             if trainer.get(key) not in harmless
         ]

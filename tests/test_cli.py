@@ -1048,7 +1048,9 @@ def test_a_run_that_this_is_no_continuation_of_is_refused(change: str, said: str
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("trainer.scale_rewards=batch", "trainer.scale_rewards: not with ppo"),
+        ("trainer.scale_rewards=batch", "trainer.scale_rewards: got 'batch', not with ppo"),
+        ("trainer.off_policy_mask_threshold=0.0", "trainer.off_policy_mask_threshold: got 0.0, not with ppo"),
+        ("trainer.resume_from_checkpoint=x", "trainer.resume_from_checkpoint: not supported"),
         ("ppo.lam=1.5", "ppo.lam: expected a number less than or equal to 1"),
         ("ppo.lambda=1", "ppo.lambda: unknown key"),
         ("algorithm=a2c", "algorithm: expected 'grpo' or 'ppo'"),
