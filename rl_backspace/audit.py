@@ -17,8 +17,8 @@ from rl_backspace.engine import Rollout
 from rl_backspace.errors import UserError
 from rl_backspace.experiment import Experiment
 from rl_backspace.expert import Expert
-from rl_backspace.semantics import Machine
-from rl_backspace.terms import Value, call
+from rl_backspace.semantics import IllegalAction, Machine, replay
+from rl_backspace.terms import call, per_action
 from rl_backspace.warmup import make_corrector
 
 ROWS, POINTS = 16, 11  # prompts that are played, and steps of training at which
@@ -158,8 +158,8 @@ def audit(experiment: Experiment, rows: int = ROWS, points: int = POINTS) -> Aud
     for step in schedule:
         values = call(experiment.terms, rollouts, played_rows, experiment.policy, step, steps)
         for n, (name, index, rollout) in enumerate(played):
-            last = len(rollout.actions) - 1
-            given = [weight * _total(term[n], last, gamma) for term, weight in zip(values, weights, strict=True)]
+            placed = (per_action(term[n], len(rollout.actions)) for term in values)
+            given = [weight * _return(rewards, gamma) for rewards, weight in zip(placed, weights, strict=True)]
             earned[name].setdefault(index, []).append(given)
     found = {name: by_prompt for name, by_prompt in earned.items() if by_prompt}
     shares = [step / steps for step in schedule]
@@ -183,11 +183,9 @@ def heed(experiment: Experiment) -> list[str]:
     return found
 
 
-def _total(value: Value, last: int, gamma: float) -> float:
-    """What one rollout earns of a term, discounted by action; nothing where it has nothing to say."""
-    if isinstance(value, list):
-        return sum((gamma**step * part for step, part in enumerate(value)), 0.0)
-    return gamma**last * (value or 0.0)
+def _return(rewards: Sequence[float], gamma: float) -> float:
+    """The discounted sum of one rollout's rewards, action by action."""
+    return sum((gamma**step * reward for step, reward in enumerate(rewards)), 0.0)
 
 
 def _violation(
@@ -245,12 +243,10 @@ class _Player:
 
     def play(self, actions: Sequence[int]) -> Machine | None:
         """The machine after these actions; None where one is illegal."""
-        machine = Machine(self.teacher.rules, self.teacher.budget)
-        for action in actions:
-            if machine.end is not None or action in machine.illegal():
-                return None
-            machine.step(action)
-        return machine
+        try:
+            return replay(actions, self.teacher.rules, self.teacher.budget)
+        except IllegalAction:
+            return None
 
     def late(self) -> Machine | None:
         """Several wrong tokens before the deletes, as many as fit, on the way to the right answer."""

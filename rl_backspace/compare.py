@@ -19,6 +19,7 @@ import yaml
 
 from rl_backspace.config import Config, read_yaml
 from rl_backspace.errors import UserError, nearest
+from rl_backspace.folder import is_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,7 +142,7 @@ def compare(paths: Sequence[Path], sort: str | None = None, out: Path | None = N
         raise UserError(f"--sort: no column {sort!r}{nearest(sort, columns)}; there are {', '.join(columns)}")
     groups = ranked(group(runs), sort)
     if out is None:
-        out = paths[0] if len(paths) == 1 and not _is_run(paths[0]) else Path("compare")
+        out = paths[0] if len(paths) == 1 and not is_run(paths[0]) else Path("compare")
     _refuse_others(out)
     for shown in tables(groups, columns, sort):
         if not console.is_terminal:  # a file is as wide as it has to be
@@ -168,7 +169,7 @@ def load(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """
     folders: list[Path] = []
     for path in paths:
-        below = [path] if _is_run(path) else sorted(child for child in _children(path) if _is_run(child))
+        below = [path] if is_run(path) else sorted(child for child in _children(path) if is_run(child))
         if not below:
             raise UserError(f"{path}: no run and no folder of runs; give folders that `train` or `sweep` wrote")
         folders += below
@@ -186,10 +187,6 @@ def load(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         else:
             skipped.append(f"skipped {folder}: the same config and seed as {twin.path}, so no run of its own")
     return runs, skipped
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
 
 
 def _children(path: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from rl_backspace.config import Config
 from rl_backspace.corrections import FROM_MODEL
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
-from rl_backspace.folder import RunFolder, refuse_existing
+from rl_backspace.folder import RunFolder, is_run, refuse_existing
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.plugins import load_task
 from rl_backspace.policy import Policy, create, load
@@ -124,7 +124,7 @@ def _policy(config: Config) -> Policy:
     """
     model = model_of(config)
     run = Path(model)
-    if not (run / "config.yaml").exists():
+    if not is_run(run):
         return create(model, config.delete, config.lora, config.seed)
     folder = RunFolder.open(run)
     before = folder.config()
@@ -150,7 +150,7 @@ def model_of(config: Config) -> str:
         UserError: a run by seed that is not there, which nothing else could be meant by.
     """
     model = config.model.replace("{seed}", str(config.seed))
-    if model != config.model and not (Path(model) / "config.yaml").exists():
+    if model != config.model and not is_run(Path(model)):
         raise UserError(f"model: there is no run {model} to go on from; train it first, or give a base model")
     return model
 

@@ -68,10 +68,10 @@ class RunFolder:
             UserError: there is no run here, or it has no policy yet.
         """
         policies = [path / name for name, file in POLICIES.items() if (path / name / file).exists()]
-        if policies and (path / "config.yaml").exists():
+        if policies and is_run(path):
             return cls(path, policies[0])
         needed = " or ".join(f"{name}/{file}" for name, file in POLICIES.items())
-        missing = needed if (path / "config.yaml").exists() else "config.yaml"
+        missing = needed if is_run(path) else "config.yaml"
         raise UserError(f"{path}: no finished run here ({missing} is missing); give a folder that `train` wrote")
 
     def config(self) -> Config:
@@ -170,6 +170,11 @@ def default_folder(config: Config) -> Path:
 def _by_agent() -> bool:
     """Whether `wandb agent` started this run."""
     return {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was begun there."""
+    return (path / "config.yaml").is_file()
 
 
 def policy_folder(run: Path, config: Config) -> Path:

@@ -22,7 +22,7 @@ from rl_backspace.backbone import causal_lm
 from rl_backspace.config import PPO
 from rl_backspace.policy import Critic, Policy
 from rl_backspace.scoring import Packed
-from rl_backspace.terms import Value
+from rl_backspace.terms import Value, per_action
 from rl_backspace.trainer import BackspaceGRPOTrainer
 
 
@@ -58,15 +58,14 @@ class BackspacePPOTrainer(BackspaceGRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         mask = batch["completion_mask"]
         weights = self.reward_weights.tolist()
-        rewards = mask.new_zeros(mask.shape, dtype=torch.float)
+        rewards, values = mask.new_zeros((2, *mask.shape), dtype=torch.float)
+        scorable = []
         for i, rollout in enumerate(self._rollouts):
-            given = [term.latest[i] for term in self.reward_funcs]
-            rewards[i, : len(rollout.actions)] = torch.tensor(action_rewards(given, weights, len(rollout.actions)))
-        values = torch.zeros_like(rewards)
-        for i, rollout in enumerate(self._rollouts):
-            values[i, : len(rollout.values)] = torch.tensor(rollout.values)
+            given, length = [term.latest[i] for term in self.reward_funcs], len(rollout.actions)
+            rewards[i, :length] = torch.tensor(action_rewards(given, weights, length))
+            values[i, :length] = torch.tensor(rollout.values)
+            scorable.append(any(value is not None for value in given))
         advantages = gae(rewards, values, mask, self.ppo.gamma, self.ppo.lam)
-        scorable = [any(term.latest[i] is not None for term in self.reward_funcs) for i in range(len(mask))]
         known = mask * torch.tensor(scorable, device=mask.device)[:, None]  # of the others nothing can be learned
         self._log("explained_variance", explained_variance(values, advantages + values, known))
         batch["known"], batch["values"], batch["returns"] = known, values, advantages + values
@@ -125,14 +124,10 @@ class BackspacePPOTrainer(BackspaceGRPOTrainer):
 
 
 def action_rewards(values: list[Value], weights: list[float], actions: int) -> list[float]:
-    """The weighted total at each action of one rollout; what is one number for all of it stands at the last."""
-    total = [0.0] * actions
-    for value, weight in zip(values, weights, strict=True):
-        if isinstance(value, list):
-            total = [before + weight * part for before, part in zip(total, value, strict=True)]
-        elif value is not None:
-            total[-1] += weight * value
-    return total
+    """The weighted total of all terms at each action of one rollout."""
+    placed = (per_action(value, actions) for value in values)
+    weighted = ([weight * part for part in parts] for parts, weight in zip(placed, weights, strict=True))
+    return [sum(parts) for parts in zip(*weighted, strict=True)]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:

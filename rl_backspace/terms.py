@@ -182,6 +182,13 @@ def _number(part: Any, value: Any, row: int, name: str, fn: str) -> float:
     return number
 
 
+def per_action(value: Value, actions: int) -> list[float]:
+    """A rollout's reward at each of its actions: what is one number for all of it stands at the last."""
+    if isinstance(value, list):
+        return value
+    return [*[0.0] * (actions - 1), value or 0.0]
+
+
 def call(
     terms: Sequence[Term], rollouts: list[Rollout], rows: list[Row], policy: Policy, step: int, steps: int
 ) -> list[list[Value]]:

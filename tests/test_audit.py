@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import pytest
 from checkpoints import checkpoint
-from test_cli import Replace, assert_refused, call, experiment, here
+from commands import call
+from test_cli import Replace, assert_refused, experiment, here
 
 from rl_backspace.audit import (
     AGAIN,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 import transformers
 import yaml
 from checkpoints import CHARACTERS, checkpoint
+from commands import Result, call
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -30,7 +29,6 @@ from trl.rewards import think_format_reward
 from wandb.proto.wandb_internal_pb2 import Record
 
 from rl_backspace.callbacks import StopOnInterrupt
-from rl_backspace.cli import main
 from rl_backspace.config import parse, read_yaml
 from rl_backspace.errors import UserError
 from rl_backspace.folder import RunFolder, TraceTable
@@ -41,25 +39,6 @@ from rl_backspace.tasks import signs
 
 ANSWER, ACTIONS = 5, 14
 LENGTH = "def length(completions):\n    return [float(len(text)) for text in completions]\n"
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-def call(*arguments: object) -> Result:
-    """The command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 class Replace(dict[str, Any]):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import csv
-import io
 import itertools
 import json
 import math
@@ -13,7 +11,6 @@ import random
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import yaml
+from commands import Result
+from commands import call as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_backspace.cli import main
 from rl_backspace.compare import PICTURE, Estimate, differences, group, is_apart, load, short_names
 from rl_backspace.config import dump, override, parse
 
@@ -38,23 +36,8 @@ BASE: dict[str, Any] = {
 OUTPUTS = {"compare.csv", "runs.csv", "compare.png"}
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
-
-
 def call(*arguments: object) -> Result:
-    """The command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["compare", *map(str, arguments)])
-    return Result(code, out.getvalue(), err.getvalue())
+    return command("compare", *arguments)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
-import io
 import itertools
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,12 @@ import pytest
 import scipy.stats
 import yaml
 from checkpoints import checkpoint
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.wandb_agent import Agent
 
-from rl_backspace.cli import main
 from rl_backspace.compare import PICTURE
 from rl_backspace.config import override, parse, read_yaml
 from rl_backspace.sweep_file import arguments, read
@@ -54,25 +52,6 @@ EXPERIMENT: dict[str, Any] = {
     },
     "evaluation": {"rows": 2},
 }
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-def call(*given: object) -> Result:
-    """The command line, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in given])
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
