@@ -1,1 +1,46 @@
 """Language models that can take it back: see README.md, and `semantics` for what a delete means."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_backspace.engine import Engine, Rollout, Sampling
+    from rl_backspace.errors import UserError
+    from rl_backspace.generation import generate
+    from rl_backspace.policy import Policy, load
+    from rl_backspace.semantics import Budget, Machine, Rules, replay
+
+_HOME = {
+    "Budget": "semantics",
+    "Engine": "engine",
+    "Machine": "semantics",
+    "Policy": "policy",
+    "Rollout": "engine",
+    "Rules": "semantics",
+    "Sampling": "engine",
+    "UserError": "errors",
+    "generate": "generation",
+    "load": "policy",
+    "replay": "semantics",
+}  # what the package offers, and the module it is imported from when it is first asked for
+__all__ = [
+    "Budget",
+    "Engine",
+    "Machine",
+    "Policy",
+    "Rollout",
+    "Rules",
+    "Sampling",
+    "UserError",
+    "generate",
+    "load",
+    "replay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rl_backspace' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rl_backspace.{_HOME[name]}"), name)

@@ -258,7 +258,7 @@ class _Player:
 
     def _mended(self, path: Sequence[int], depth: int, length: int) -> Machine | None:
         """The trace that types `path`, with `length` other tokens at a depth, taken back."""
-        for token in self.teacher.alphabet:
+        for token in self.teacher.alphabet if self.presses else ():
             if token == path[depth] or self.expert.alive([*path[:depth], token]):
                 continue
             wrong = [token, *itertools.islice(itertools.cycle(self.teacher.alphabet), length - 1)]

@@ -7,6 +7,7 @@ full attention over stored keys and values, and for nothing else: `check` says w
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -228,6 +229,9 @@ def attention_mask(causal: Any, allowed: Tensor) -> Tensor:
     return floats.masked_fill_(~allowed, torch.finfo(causal.dtype).min)
 
 
+_passed: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # models that were checked
+
+
 def check(backbone: Backbone) -> None:
     """Refuse, with the reason, a model whose cache cannot rewind exactly or that cannot be scored packed.
 
@@ -239,6 +243,9 @@ def check(backbone: Backbone) -> None:
         UserError: the two differ, or the model cannot be driven this way at all.
     """
     name = type(backbone.causal).__name__
+    how = (backbone.causal.config._attn_implementation, backbone.causal.dtype, backbone.device)
+    if _passed.get(backbone.causal) == how:
+        return
     vocab = backbone.config.vocab_size
     ids = (torch.arange(1, 7, device=backbone.device) * 7919) % vocab
     forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
@@ -272,6 +279,7 @@ def check(backbone: Backbone) -> None:
         raise UserError(
             f"{name} cannot rewind: after a delete its logits are off by {gap:.2g}; use a full-attention model"
         )
+    _passed[backbone.causal] = how
 
 
 def _refuse_by_config(causal: PreTrainedModel) -> None:

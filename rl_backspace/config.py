@@ -37,8 +37,8 @@ class Delete(Strict):
 
     tokens: dict[str, UnitName] = Field(
         default={"<|delete|>": "token"},
-        min_length=1,
-        description="token text -> how much one press takes: 'token', 'line', 'answer' or a number of tokens",
+        description="token text -> how much one press takes: 'token', 'line', 'answer' or a number of tokens; "
+        "{}: none, for a twin that cannot delete",
     )
     memory: Memory = Field(default="erase", description="what the context keeps of deleted text")
     retry: Retry = Field(default="ban", description="whether a deleted token may be typed there again")

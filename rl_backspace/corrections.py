@@ -137,7 +137,7 @@ class Corrector:
         """A right answer and mistakes to make on the way, which together fit the budget."""
         path, mistakes = expert.gold, list[Mistake]()
         deletes = self.teacher.budget.deletes
-        for _ in range(count):
+        for _ in range(count if self.teacher.rules.deletes else 0):
             actions = self.teacher.budget.most_actions - len(path) - sum(mistake.cost for mistake in mistakes)
             presses = actions if deletes is None else deletes - sum(len(mistake.presses) for mistake in mistakes)
             for attempt in self._attempts(expert, source, path, rng, attempts):

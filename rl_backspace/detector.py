@@ -41,12 +41,14 @@ class State:
 def diagnose(asker: Asker, corrector: Corrector, rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """The detector's measures (`summarise`) for each source of errors, on held-out rows; the same ones each time.
 
-    Empty where the task cannot tell an error from another right answer.
+    Empty where the task cannot tell an error from another right answer, and for a policy that cannot delete.
     """
+    if not corrector.teacher.task.tells_errors or not corrector.teacher.rules.deletes:
+        return {}
     prompts = asker.policy.encode([row["prompt"] for row in rows])
     asker.generator.manual_seed(seed)
     found: dict[str, Any] = {}
-    for source in SOURCES if corrector.teacher.task.tells_errors else ():
+    for source in SOURCES:
         rng = random.Random(f"{seed}/{source}")
         entries = asker.ask(source, rows, prompts) if source in FROM_MODEL else None
         if entries is None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rl_backspace.backbone import Backbone, PointerCache, check
 from rl_backspace.errors import UserError
-from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, End, Machine, Rules
 
 
@@ -26,12 +26,27 @@ class Sampling:
     Args:
         temperature: logits are divided by it before anything else; 0 is greedy.
         top_k, top_p, min_p: truncation as in Hugging Face's `generate`, among the legal actions.
+        delete_bias: is added to the logits of delete tokens.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    delete_bias: float = 0.0
+
+    def choose(
+        self, logits: Tensor, logprobs: Tensor, rows: Sequence[Running], generator: torch.Generator | None
+    ) -> Tensor:
+        """One action (n,) per row of logits (n, V), -inf where illegal, or of their log-softmax at the temperature.
+
+        It may be -1, or any, where a row has no legal one.
+        """
+        return draw(logprobs, self, generator)
+
+    def stopped(self, rows: Sequence[Running]) -> Sequence[bool]:
+        """Which rows end now, although their actions do not say so; empty for none."""
+        return ()
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -62,9 +77,19 @@ class Rollout:
     values: list[float] = field(default_factory=list)
 
 
+class Keyboard(Protocol):
+    """What a policy types on, where not every token that is chosen arrives: see `keyboard`."""
+
+    def swap(self, chosen: Tensor, logprobs: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+    def through(self, logprobs: Tensor) -> Tensor: ...
+
+
 @dataclass
-class _Row:
-    index: int  # of the prompt, in the caller's order
+class Running:
+    """A rollout that goes on; `index` is its prompt's, in the caller's order."""
+
+    index: int
     prompt: list[int]
     machine: Machine
     logprobs: list[float] = field(default_factory=list)
@@ -156,7 +181,7 @@ class Engine:
         on_action: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[int, Rollout]]:
         batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
-        waiting = [_Row(i, list(prompt), Machine(self.rules, budget)) for i, prompt in enumerate(prompts)][::-1]
+        waiting = [Running(i, list(prompt), Machine(self.rules, budget)) for i, prompt in enumerate(prompts)][::-1]
         while waiting or batch.rows:
             batch.admit(waiting)
             feed = self._choose(batch, sampling, generator, on_action)
@@ -177,13 +202,13 @@ class Engine:
         acting = list(range(len(batch.rows)))
         while acting:
             hidden = batch.anchors(acting)
-            actions, logprobs = self._sample(hidden, [batch.rows[i].machine for i in acting], sampling, generator)
+            actions, logprobs = self._sample(hidden, [batch.rows[i] for i in acting], sampling, generator)
             values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
-            again = []
+            again, going = [], []
             for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
                 row = batch.rows[i]
                 if action < 0:
-                    row.machine.stop()
+                    row.machine.stop("stuck")
                     continue
                 enters = row.machine.step(action)
                 row.logprobs.append(logprob)
@@ -192,32 +217,39 @@ class Engine:
                     on_action(row.index, action)
                 if row.machine.end is not None:
                     continue
+                going.append(row)
                 if enters is None:
                     again.append(i)
                 else:
                     feed[i] = enters
-            acting = again
+            for row, stopped in zip(going, sampling.stopped(going), strict=False):
+                if stopped:
+                    row.machine.stop("stop")
+            acting = [i for i in again if batch.rows[i].machine.end is None]
         return feed
 
     def _sample(
-        self, hidden: Tensor, machines: list[Machine], sampling: Sampling, generator: torch.Generator | None
+        self, hidden: Tensor, rows: list[Running], sampling: Sampling, generator: torch.Generator | None
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per hidden state (n, H); action -1 where none is legal."""
         logits = self.backbone.logits(hidden)
-        rows, tokens = [], []
-        for n, machine in enumerate(machines):
-            illegal = machine.illegal()
-            rows += [n] * len(illegal)
+        places, tokens = [], []
+        for n, row in enumerate(rows):
+            illegal = row.machine.illegal()
+            places += [n] * len(illegal)
             tokens += illegal
-        if rows:
-            logits[rows, tokens] = -torch.inf
-        logprobs = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
-        actions = draw(logprobs, sampling, generator)
+        if places:
+            logits[places, tokens] = -torch.inf
+        logprobs = wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+        if sampling.delete_bias:
+            logits[:, list(self.rules.deletes)] += sampling.delete_bias
+            wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+        actions = sampling.choose(logits, wanted, rows, generator)
         if self.keyboard is not None:
             actions = self.keyboard.swap(actions, logprobs, generator)
             logprobs = self.keyboard.through(logprobs)
-        chosen = logprobs.gather(1, actions[:, None])[:, 0]
-        possible = chosen.isfinite()
+        chosen = logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0]
+        possible = chosen.isfinite() & (actions >= 0)
         if not possible.all():  # a row of -inf is nan after the softmax
             if logits.isnan().any():
                 raise UserError("the policy's logits are not numbers: training diverged; lower trainer.learning_rate")
@@ -274,11 +306,11 @@ class _Batch:
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
         self.backbone, self.size, self.capacity = backbone, size, capacity
-        self.rows: list[_Row] = []
+        self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, capacity, H): the hidden state at every context position
 
-    def admit(self, waiting: list[_Row]) -> None:
+    def admit(self, waiting: list[Running]) -> None:
         """Move waiting rows into free places; each distinct prompt is computed once."""
         room = self.size - len(self.rows)
         if not waiting or room < min(len(waiting), max(1, self.size // 8)):
@@ -305,7 +337,7 @@ class _Batch:
         pointers = torch.tensor([self.rows[i].pointer - 1 for i in indices], device=self.hidden.device)
         return self.hidden[torch.tensor(indices, device=self.hidden.device), pointers]
 
-    def retire(self) -> Iterator[tuple[int, _Row]]:
+    def retire(self) -> Iterator[tuple[int, Running]]:
         """Take the finished rows out, from the last to the first; the last row moves into each gap."""
         assert self.cache is not None and self.hidden is not None
         for index in reversed(range(len(self.rows))):

@@ -22,7 +22,7 @@ from rl_backspace.folder import RunFolder, is_run, refuse_existing
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.plugins import load_task
 from rl_backspace.policy import Policy, create, load
-from rl_backspace.semantics import Budget
+from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget
 from rl_backspace.tasks import Task
 from rl_backspace.terms import Term, call, load_terms
 
@@ -48,7 +48,6 @@ WARMUP_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "remove_unused_columns": False,
 }
-ACTIONS_PER_TOKEN = 3  # the default action budget, in answers
 REFUSALS = (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError)  # of TRL's and transformers' configs
 
 

@@ -26,13 +26,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rl_backspace.backbone import Backbone
+from rl_backspace.backbone import Backbone, causal_lm
 from rl_backspace.config import Delete, Lora
 from rl_backspace.errors import UserError, first_line, nearest, one_line
-from rl_backspace.semantics import Rules, Unit
+from rl_backspace.generation import IN_CONFIG
+from rl_backspace.semantics import SEMANTICS_FILE, Rules
 
 EMBEDDED = Path(__file__).parent / "models"
-SEMANTICS_FILE = "delete.json"
 CRITIC_FILE = "critic.safetensors"
 
 
@@ -131,16 +131,19 @@ class Policy:
         self.tokenizer.save_pretrained(new)
         if self.critic is not None:
             self.critic.save(new)
-        (new / SEMANTICS_FILE).write_text(json.dumps(self._semantics(), indent=2) + "\n")
+        (new / SEMANTICS_FILE).write_text(json.dumps(self.semantics(), indent=2) + "\n")
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _semantics(self) -> dict[str, Any]:
+    def semantics(self) -> dict[str, Any]:
+        """What is saved of the rules, and `Rules.of` reads."""
         rules = self.rules
+        texts = {self.tokenizer.convert_ids_to_tokens(index): index for index in rules.deletes}
         saved = {
-            "tokens": {self.tokenizer.convert_ids_to_tokens(index): unit for index, unit in rules.deletes.items()},
+            "tokens": {text: rules.deletes[index] for text, index in texts.items()},
+            "ids": texts,
             "memory": rules.memory,
             "retry": rules.retry,
             "boundaries": sorted(rules.boundaries),
@@ -196,7 +199,9 @@ def create(model: str, delete: Delete, lora: Lora | None, seed: int) -> Policy:
         boundaries=_boundaries(tokenizer, delete.boundary) if "line" in delete.tokens.values() else frozenset(),
     )
     trained = _unfreeze(base) if lora is None else _adapt(base, lora, sorted(rules.deletes))
-    return Policy(trained, tokenizer, rules)
+    policy = Policy(trained, tokenizer, rules)
+    setattr(base.generation_config, IN_CONFIG, policy.semantics())
+    return policy
 
 
 def _unfreeze(base: PreTrainedModel) -> PreTrainedModel:
@@ -221,7 +226,7 @@ def _adapt(base: PreTrainedModel, lora: Lora, rows: list[int]) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
-        trainable_token_indices=_token_layers(base, rows),
+        trainable_token_indices=_token_layers(base, rows) if rows else None,
     )
     try:
         return peft.get_peft_model(base, adapter)
@@ -242,7 +247,7 @@ def load(folder: Path, trainable: bool = False) -> Policy:
     try:
         saved = json.loads((folder / SEMANTICS_FILE).read_text())
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        rules = _from_json(saved, tokenizer)
+        rules = _rules(saved, tokenizer)
         if (folder / "config.json").exists():
             model = _place(AutoModelForCausalLM.from_pretrained(folder)).requires_grad_(trainable)
         else:
@@ -257,6 +262,7 @@ def load(folder: Path, trainable: bool = False) -> Policy:
             "expected RUN/adapter or RUN/model"
         ) from error
     policy = Policy(model, tokenizer, rules)
+    setattr(causal_lm(model).generation_config, IN_CONFIG, policy.semantics())  # for `generate`
     if (folder / CRITIC_FILE).exists():
         policy.critic = Critic.like(model)
         policy.critic.restore(folder)
@@ -339,11 +345,9 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _from_json(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rules:
+def _rules(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rules:
+    """Saved rules, of the tokenizer's ids."""
     vocabulary = tokenizer.get_vocab()
-    deletes: dict[int, Unit] = {}
-    for text, unit in saved["tokens"].items():
-        if text not in vocabulary:
-            raise UserError(f"the tokenizer in this folder has no token {text!r}; it belongs to another policy")
-        deletes[vocabulary[text]] = unit
-    return Rules(deletes, frozenset(saved["eos"]), saved["memory"], saved["retry"], frozenset(saved["boundaries"]))
+    if missing := [text for text in saved["tokens"] if text not in vocabulary]:
+        raise UserError(f"the tokenizer in this folder has no token {missing[0]!r}; it belongs to another policy")
+    return Rules.of({**saved, "ids": vocabulary})

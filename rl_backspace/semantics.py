@@ -26,14 +26,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Memory = Literal["erase", "keep", "hint"]
 Retry = Literal["free", "ban"]
 Unit = int | Literal["token", "line", "answer"]
 """How much one delete takes: `token` (the same as 1), n tokens, back to the last boundary, or everything."""
-End = Literal["eos", "length", "budget", "stuck"]
-"""Why a rollout ended: it said so; the answer is full; out of actions; no action was legal."""
+End = Literal["eos", "length", "budget", "stuck", "stop"]
+"""Why a rollout ended: it said so; the answer is full; out of actions; no action was legal; it was told to."""
+
+
+ACTIONS_PER_TOKEN = 3  # default budget of actions, in answers
+SEMANTICS_FILE = "delete.json"  # in a policy's folder: its rules, for `Rules.of`
 
 
 class IllegalAction(ValueError):
@@ -57,6 +61,17 @@ class Rules:
     retry: Retry = "free"
     boundaries: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Rules:
+        """The rules that a policy was saved with: `tokens` (text -> unit), their `ids` (text -> id), and the rest."""
+        return cls(
+            {saved["ids"][text]: unit for text, unit in saved["tokens"].items()},
+            frozenset(saved["eos"]),
+            saved["memory"],
+            saved["retry"],
+            frozenset(saved["boundaries"]),
+        )
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -66,11 +81,14 @@ class Budget:
         answer: most visible tokens, the end-of-sequence token included (`max_new_tokens`).
         actions: most actions, deletes included. None: as many as `answer`.
         deletes: most deletes. None: no limit of their own; 0: the delete tokens are blocked.
+        window: most visible tokens that can still be deleted: a token further back than this from the answer's end
+            is final for good. None: all of them can.
     """
 
     answer: int
     actions: int | None = None
     deletes: int | None = None
+    window: int | None = None
 
     @property
     def most_actions(self) -> int:
@@ -87,6 +105,7 @@ class Machine:
         path: the context after the prompt, as indices into `trace`; its last entry is the anchor
             (an empty path: the prompt's last token is).
         tried: for each depth 0..len(visible), the tokens deleted there since an earlier token changed.
+        final: how many visible tokens can no longer be deleted, by the budget's window.
         end: why the rollout ended, None while it goes on.
     """
 
@@ -97,18 +116,21 @@ class Machine:
     path: list[int] = field(default_factory=list)
     tried: list[list[int]] = field(default_factory=lambda: [[]])
     deleted: int = 0
+    final: int = 0
     end: End | None = None
     _start: list[int] = field(default_factory=lambda: [0])  # len(path) when each depth was first reached
 
     def illegal(self) -> list[int]:
         """Token ids that may not be chosen now. Everything else may.
 
-        A delete is illegal on an empty answer, when its own budget is spent, and as the budget's last
-        action, after which nothing could be typed.
+        A delete is illegal on an empty answer, when it would take a final token, when its own budget is spent,
+        and as the budget's last action, after which nothing could be typed.
         """
         out = list(self.tried[-1]) if self.rules.retry == "ban" else []
         if self._must_type():
             out.extend(self.rules.deletes)
+        elif self.final:
+            out.extend(delete for delete in self.rules.deletes if self._is_illegal(delete))
         return out
 
     def _must_type(self) -> bool:
@@ -119,7 +141,7 @@ class Machine:
     def _is_illegal(self, action: int) -> bool:
         """The same as `action in self.illegal()`, without the list."""
         if action in self.rules.deletes:
-            return self._must_type()
+            return self._must_type() or self.target(self.rules.deletes[action]) < self.final
         return self.rules.retry == "ban" and action in self.tried[-1]
 
     def step(self, action: int) -> int | None:
@@ -146,6 +168,8 @@ class Machine:
         self.path.append(len(self.trace) - 1)
         self._start.append(len(self.path))
         self.tried.append([])
+        if self.budget.window is not None:
+            self.final = max(self.final, len(self.visible) - self.budget.window)
         if token in self.rules.eos:
             self.end = "eos"
         elif len(self.visible) >= self.budget.answer:
@@ -183,9 +207,9 @@ class Machine:
             return next(ends, 0)
         return max(0, length - (1 if unit == "token" else unit))
 
-    def stop(self) -> None:
-        """End the rollout because no action is legal."""
-        self.end = "stuck"
+    def stop(self, end: End) -> None:
+        """End the rollout for a reason that lies outside of its trace: "stuck" or "stop"."""
+        self.end = end
 
     @property
     def answer(self) -> list[int]:

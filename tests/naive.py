@@ -19,12 +19,14 @@ class Naive:
         self.history: list[int] = []
         self.cells: list[int] = []
         self.gone: dict[int, list[int]] = {}  # depth -> deleted there; forgotten when an earlier token goes
+        self.furthest = 0  # most cells there ever were
         self.markers: dict[int, int] = {}  # depth -> the delete token that first went back there
 
     def press(self, action: int) -> None:
         self.history.append(action)
         if action not in self.rules.deletes:
             self.cells.append(action)
+            self.furthest = max(self.furthest, len(self.cells))
             return
         back_to = self.where(self.rules.deletes[action])
         self.gone.setdefault(back_to, []).append(self.cells[back_to])
@@ -57,7 +59,10 @@ class Naive:
         presses = sum(action in self.rules.deletes for action in self.history)
         last_chance = len(self.history) == self.budget.most_actions - 1
         spent = self.budget.deletes is not None and presses >= self.budget.deletes
-        return out | set(self.rules.deletes) if not self.cells or last_chance or spent else out
+        if not self.cells or last_chance or spent:
+            return out | set(self.rules.deletes)
+        final = 0 if self.budget.window is None else self.furthest - self.budget.window
+        return out | {token for token, unit in self.rules.deletes.items() if self.where(unit) < final}
 
     def over(self) -> bool:
         if not self.history:

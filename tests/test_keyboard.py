@@ -20,7 +20,7 @@ from trl import GRPOConfig
 
 from rl_backspace.cli import main
 from rl_backspace.display import results_table
-from rl_backspace.engine import GREEDY, Engine, Rollout, Sampling
+from rl_backspace.engine import GREEDY, Engine, Rollout, Running, Sampling
 from rl_backspace.errors import UserError
 from rl_backspace.evaluate import evaluate, measure
 from rl_backspace.keyboard import Keyboard, alphabet, keyboard_of
@@ -229,10 +229,10 @@ class Typist(Engine):
         self.asked = {id(row.machine): self.answers[row.index] for row in batch.rows}
         return super()._choose(batch, *rest)
 
-    def _sample(self, hidden: Any, machines: list[Machine], *rest: Any) -> tuple[list[int], list[float]]:
-        choices = [self._choice(self.asked[id(machine)], machine.visible) for machine in machines]
+    def _sample(self, hidden: Any, rows: list[Running], *rest: Any) -> tuple[list[int], list[float]]:
+        choices = [self._choice(self.asked[id(row.machine)], row.machine.visible) for row in rows]
         self.backbone.logits = lambda _: 50 * torch.eye(self.back + 1)[choices]  # type: ignore[method-assign]
-        return super()._sample(hidden, machines, *rest)
+        return super()._sample(hidden, rows, *rest)
 
     def _choice(self, answer: list[int], visible: list[int]) -> int:
         return answer[len(visible)] if answer[: len(visible)] == visible and len(visible) < len(answer) else self.back

@@ -27,7 +27,11 @@ def rules(draw: st.DrawFn) -> Rules:
 
 
 budgets = st.builds(
-    Budget, answer=st.integers(1, 12), actions=st.integers(1, 40), deletes=st.none() | st.integers(0, 10)
+    Budget,
+    answer=st.integers(1, 12),
+    actions=st.integers(1, 40),
+    deletes=st.none() | st.integers(0, 10),
+    window=st.none() | st.integers(0, 4),
 )
 
 
@@ -109,7 +113,7 @@ def test_ban_ends_any_policy_that_depends_on_the_context_alone(data: st.DataObje
             preferences[here] = data.draw(st.permutations([0, 2, 3, 6]))
         legal = [a for a in preferences[here] if a not in machine.illegal()]
         if not legal:
-            machine.stop()
+            machine.stop("stuck")
         else:
             machine.step(legal[0])
     assert machine.end in ("eos", "length", "stuck")
