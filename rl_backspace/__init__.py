@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl_backspace.engine import Engine, Rollout, Sampling
+    from rl_backspace.env import BackspaceEnv
     from rl_backspace.errors import UserError
     from rl_backspace.generation import generate
     from rl_backspace.policy import Policy, load
     from rl_backspace.semantics import Budget, Machine, Rules, replay
 
 _HOME = {
+    "BackspaceEnv": "env",
     "Budget": "semantics",
     "Engine": "engine",
     "Machine": "semantics",
@@ -26,6 +28,7 @@ _HOME = {
     "replay": "semantics",
 }  # what the package offers, and the module it is imported from when it is first asked for
 __all__ = [
+    "BackspaceEnv",
     "Budget",
     "Engine",
     "Machine",

@@ -21,6 +21,7 @@ app = typer.Typer(
 rewards = typer.Typer(no_args_is_help=True, help="What an experiment's reward would teach.")
 app.add_typer(rewards, name="rewards")
 LAST_SEED = 2**32 - 1  # as in experiment files
+ANSWER = 256  # most visible tokens where no experiment says it
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigPath = Annotated[
@@ -158,43 +159,113 @@ def evaluate(
 
 @app.command()
 def generate(
-    run: RunPath,
-    prompts: Annotated[list[str] | None, typer.Argument(help="default: three of the task's test prompts")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or what `export` wrote")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="- reads one from standard input; default: three of the task's")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="more prompts: all of a text file, or each line of a .jsonl file")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="sample from the likeliest that sum to this")] = 1.0,
+    blocked: Annotated[bool, typer.Option("--blocked", help="do not let it delete")] = False,
+    bias: Annotated[float, typer.Option(help="added to the delete token's logit: above 0 it deletes more")] = 0.0,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="how many tokens back it can delete; what is older is final")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="most visible tokens; default: as in the run's config, or 256")
+    ] = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="print the answer alone, and each part once no delete can reach it")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a line of JSON for each prompt")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="of the sampling")] = 0,
     delay: Annotated[float, typer.Option(min=0, help="seconds between actions in a terminal")] = 0.15,
 ) -> None:
     """Print a trace as it happens: typing, striking out, retyping."""
-    import time
+    import json
+    from dataclasses import replace
 
     import torch
-    from rich.live import Live
+    from transformers import TextStreamer
 
-    from rl_backspace.display import console, last_message, strike
+    from rl_backspace.display import TypingStreamer, console, last_message, strike, trace_record
     from rl_backspace.engine import Engine, Sampling
-    from rl_backspace.keyboard import keyboard_of
+    from rl_backspace.generation import Feed
+    from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget
 
-    _, task, policy, budget = _open(run)
-    asked: list[Any] = list(prompts or [row["prompt"] for row in task.test[:3]])
-    if prompts and isinstance(task.test[0]["prompt"], list):
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))
+    policy, rows, budget, keyboard = _open_for_prompts(run)
+    asked: list[Any] = _asked(prompts or [], file)
+    if asked and rows and isinstance(rows[0]["prompt"], list):
+        asked = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
+    if not asked and not rows:
+        raise UserError(f"{run}: no run, so no task with prompts; give one, or - for standard input, or --file")
+    asked = asked or [row["prompt"] for row in rows[:3]]
+    if tokens is not None:
+        budget = Budget(tokens, ACTIONS_PER_TOKEN * tokens)
+    budget = replace(budget, deletes=0 if blocked else None, window=window)
+    engine = Engine(policy.model, policy.rules, keyboard=keyboard)
+    sampling = Sampling(temperature, top_p=top_p, delete_bias=bias)
+    encoded = policy.encode(asked)
+    engine.capacity(encoded, budget)  # refuses a prompt that does not fit before anything is printed
     torch.manual_seed(seed)
-    for prompt, ids in zip(asked, policy.encode(asked), strict=True):
+    for prompt, ids in zip(asked, encoded, strict=True):
         before = f"{last_message(prompt)} "
-        actions: list[int] = []
+        stream: Any = None
+        if final:
+            stream = TextStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        elif console.is_terminal and not as_json:
+            stream = TypingStreamer(policy.tokenizer, before, delay)
+        feed = Feed(stream, policy.rules, budget, torch.tensor([ids])) if stream else None
+        try:
+            (rollout,) = engine.run([ids], budget, sampling, on_action=feed)
+        finally:
+            if feed:
+                feed.end()
+        if as_json:
+            typer.echo(json.dumps(trace_record(prompt, rollout, policy), ensure_ascii=False))
+        elif stream is None:
+            console.print(strike(rollout.actions, policy.tokenizer, policy.rules, before, marks=True), soft_wrap=True)
 
-        with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
 
-            def show(_: int, action: int, before: str = before, actions: list[int] = actions, live: Any = live) -> None:
-                actions.append(action)
-                if console.is_terminal:
-                    live.update(strike(actions, policy.tokenizer, policy.rules, before), refresh=True)
-                    time.sleep(delay)
+def _asked(prompts: list[str], file: Path | None) -> list[Any]:
+    """The prompts that the user gave."""
+    import json
 
-            engine.run([ids], budget, Sampling(temperature), on_action=show)
-        if not console.is_terminal:
-            console.print(strike(actions, policy.tokenizer, policy.rules, before, marks=True), soft_wrap=True)
+    asked: list[Any] = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
+    if file is None:
+        return asked
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give --file a text file or a .jsonl file") from error
+    if file.suffix != ".jsonl":
+        return [*asked, text.rstrip("\n")]
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            content = json.loads(line)
+            asked.append(content["prompt"] if isinstance(content, dict) else content)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f'{file}: line {number} has no prompt; expected a JSON string, or an object with a "prompt"'
+            ) from error
+    return asked
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="folder for the model; must not exist")],
+    merge: Annotated[
+        bool, typer.Option("--merge/--adapter-only", help="one plain checkpoint, or the adapter for its base")
+    ] = True,
+) -> None:
+    """Write the policy for others: a Hugging Face model with its tokenizer, a card, and generation as code."""
+    from rl_backspace.export import export as write
+
+    write(run, out, merge)
+    typer.echo(f"written to {out}; {out}/README.md says how to load it", err=True)
 
 
 @app.command()
@@ -263,6 +334,19 @@ def _open(run: Path) -> tuple[Any, Any, Any, Any]:
     folder = RunFolder.open(run)
     config = folder.config()
     return config, load_task(config.task.model_dump(), config.seed), load(folder.policy), action_budget(config)
+
+
+def _open_for_prompts(path: Path) -> tuple[Any, list[Any], Any, Any]:
+    """Policy, test rows, budget and keyboard of a run; of a policy's own folder no rows and no keyboard."""
+    from rl_backspace.folder import is_run
+    from rl_backspace.keyboard import keyboard_of
+    from rl_backspace.policy import load
+    from rl_backspace.semantics import ACTIONS_PER_TOKEN, SEMANTICS_FILE, Budget
+
+    if is_run(path) or not (path / SEMANTICS_FILE).exists():
+        _, task, policy, budget = _open(path)
+        return policy, task.test, budget, keyboard_of(task, policy)
+    return load(path), [], Budget(ANSWER, ACTIONS_PER_TOKEN * ANSWER), None
 
 
 def main(arguments: list[str] | None = None) -> int:

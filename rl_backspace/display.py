@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,8 @@ from rl_backspace.semantics import Machine, Rules, replay, unlimited
 
 if TYPE_CHECKING:  # the audit needs an experiment, and the tables of others do not
     from rl_backspace.audit import Audit
+    from rl_backspace.engine import Rollout
+    from rl_backspace.policy import Policy
 
 EXAMPLE = 24  # characters of a trace in a table
 console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
@@ -53,6 +57,32 @@ def strike(
         text = _text_added(after[indices[0]], [typed[i] for i in indices], tokenizer, rules)
         out.append(f"~~{text}~~" if deleted and marks else text, "strike red" if deleted else "bold")
     return out
+
+
+class TypingStreamer:
+    """Shows an answer in a terminal as it is typed and struck out: `stream=TypingStreamer(tokenizer)` of `generate`.
+
+    Args:
+        before: text in front of it, such as the prompt.
+        delay: seconds to wait after each action.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str = "", delay: float = 0.0):
+        self.tokenizer, self.before, self.delay = tokenizer, before, delay
+        self.live = Live(console=console, auto_refresh=False)
+        self.actions: list[int] = []
+
+    def begin(self, rules: Rules) -> None:
+        self.rules, self.actions = rules, []
+        self.live.start()
+
+    def put_action(self, action: int) -> None:
+        self.actions.append(action)
+        self.live.update(strike(self.actions, self.tokenizer, self.rules, self.before), refresh=True)
+        time.sleep(self.delay)
+
+    def end(self) -> None:
+        self.live.stop()
 
 
 def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase, rules: Rules) -> str:
@@ -166,6 +196,18 @@ def correction_record(
         "actions": correction.actions,
         "targets": correction.targets,
         "learn": correction.learn,
+    }
+
+
+def trace_record(prompt: Any, rollout: Rollout, policy: Policy) -> dict[str, Any]:
+    """A rollout as a line of JSON: for people first, and its token ids."""
+    return {
+        "prompt": prompt,
+        "actions": rollout.actions,
+        "typed": "".join(token_text(action, policy.tokenizer, policy.rules) for action in rollout.actions),
+        "visible": policy.text(rollout.visible),
+        "end": rollout.end,
+        "deletes": rollout.deletes,
     }
 
 

@@ -77,6 +77,13 @@ class RunFolder:
     def config(self) -> Config:
         return parse(read_yaml(self.path / "config.yaml"))
 
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json; None while the run has not finished."""
+        try:
+            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
     def metrics(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; wandb gets the same under `phase/`."""
         self._append("metrics.jsonl", {"phase": phase, "step": step, **values})

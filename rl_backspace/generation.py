@@ -19,8 +19,11 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
+    MinPLogitsWarper,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
@@ -39,6 +42,7 @@ REFUSED = {
     "output_attentions": (False, "they are not kept"),
     "output_hidden_states": (False, "they are not kept"),
 }  # options of GenerationConfig that are not what they are without deletes: the value to leave them at, and why
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # look at scores alone
 IGNORED = {"attention_mask", "position_ids", "token_type_ids", "use_cache", "past_key_values", "logits_to_keep"}
 
 
@@ -122,7 +126,7 @@ def generate(
     elif len(prompts) > 1:
         raise UserError(f"stream: got {len(prompts)} prompts; expected one, since a stream shows one answer")
     else:
-        feed = _Feed(stream, rules, budget, input_ids)
+        feed = Feed(stream, rules, budget, input_ids)
         try:
             rollouts = engine.run(prompts, budget, sampling, on_action=feed)
         finally:
@@ -152,10 +156,7 @@ class HuggingFace(Sampling):
     ) -> Tensor:
         scores = logits
         if self.processors:
-            scores = logits.clone()
-            for places, ids in self._ids(rows, logits.device):
-                scores[places] = self._process(ids, logits[places], [rows[place].index for place in places])
-            scores = scores.masked_fill(logits == -torch.inf, -torch.inf)
+            scores = self._process(logits, rows).masked_fill(logits == -torch.inf, -torch.inf)
         impossible = scores.amax(-1) == -torch.inf
         if not self.do_sample:
             return scores.argmax(-1).masked_fill(impossible, -1)
@@ -181,26 +182,31 @@ class HuggingFace(Sampling):
             ids = [[*self.prompts[rows[place].index], *rows[place].machine.visible] for place in places]
             yield places, torch.tensor(ids, device=device)
 
-    def _process(self, ids: Tensor, logits: Tensor, indices: list[int]) -> Tensor:
-        """Scores (n, V); for a processor that counts rows, each row stands at its own place."""
-        if not any(isinstance(processor, PrefixConstrainedLogitsProcessor) for processor in self.processors):
-            return self.processors(ids, logits)
-        everyone = [indices.index(i) if i in indices else 0 for i in range(len(self.prompts))]
-        return self.processors(ids[everyone], logits[everyone])[indices]
+    def _process(self, logits: Tensor, rows: Sequence[Running]) -> Tensor:
+        """Scores (n, V). Processors may count rows, so each stands at its own place in a batch of all."""
+        if all(isinstance(processor, WARPERS) for processor in self.processors):
+            return self.processors(None, logits)
+        scores = logits.clone()
+        for places, ids in self._ids(rows, logits.device):
+            place_of = {rows[place].index: n for n, place in enumerate(places)}
+            everyone = [place_of.get(index, 0) for index in range(len(self.prompts))]
+            processed = self.processors(ids[everyone], logits[places][everyone])
+            scores[places] = processed[list(place_of)]
+        return scores
 
 
-class _Feed:
-    """What a stream is told as a rollout goes on."""
+class Feed:
+    """Tells a stream of one rollout's actions, as `Engine.run` tells of them; `prompt`: (1, P) token ids."""
 
-    def __init__(self, stream: Any, rules: Rules, budget: Budget, input_ids: Tensor):
-        self.stream, self.device = stream, input_ids.device
+    def __init__(self, stream: Any, rules: Rules, budget: Budget, prompt: Tensor):
+        self.stream = stream
         self.machine = Machine(rules, budget)
         self.shown = 0
         self.is_told_all = hasattr(stream, "put_action")
         if self.is_told_all:
             stream.begin(rules)
         else:
-            stream.put(input_ids.cpu())
+            stream.put(prompt.cpu())
 
     def __call__(self, index: int, action: int) -> None:
         self.machine.step(action)

@@ -28,9 +28,12 @@ from transformers import (
 
 from rl_backspace.backbone import Backbone, causal_lm
 from rl_backspace.config import Delete, Lora
+from rl_backspace.engine import GREEDY, Engine, Rollout, Sampling
 from rl_backspace.errors import UserError, first_line, nearest, one_line
+from rl_backspace.folder import RunFolder, is_run
 from rl_backspace.generation import IN_CONFIG
-from rl_backspace.semantics import SEMANTICS_FILE, Rules
+from rl_backspace.scoring import batched, pack, score
+from rl_backspace.semantics import SEMANTICS_FILE, Budget, Rules
 
 EMBEDDED = Path(__file__).parent / "models"
 CRITIC_FILE = "critic.safetensors"
@@ -107,10 +110,53 @@ class Policy:
         """The text that a user reads."""
         return self.tokenizer.decode(visible, skip_special_tokens=True)
 
+    def generate(
+        self,
+        prompts: list[Any],
+        budget: Budget,
+        sampling: Sampling = GREEDY,
+        generator: torch.Generator | None = None,
+    ) -> list[Rollout]:
+        """Answer prompts, text or lists of chat messages; one rollout each, with its trace.
+
+        Raises:
+            UserError: a prompt is empty, or does not fit the model's context together with the budget.
+        """
+        return Engine(self.model, self.rules).run(self.encode(prompts), budget, sampling, generator)
+
+    @torch.no_grad()
+    def score(self, rollouts: list[Rollout], budget: Budget | None = None, temperature: float = 1.0) -> list[Tensor]:
+        """Log-probability of each action of some rollouts, by this policy, in the context it was chosen in.
+
+        Args:
+            rollouts: traces of any policy with the same rules; their own `logprobs` are not looked at.
+            budget: what they were made under, which decides when a delete was legal; default: no limit.
+
+        Raises:
+            semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
+        """
+        ids, mask = batched([r.prompt for r in rollouts], [r.actions for r in rollouts], pad=0)
+        device = causal_lm(self.model).device
+        steps = max(len(rollout.actions) for rollout in rollouts)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            packed = pack(ids.to(device), mask.to(device), steps, self.rules, budget)
+            logprobs, _ = score(self.model, packed, temperature)
+        finally:
+            self.model.train(was_training)
+        return [row[: len(rollout.actions)] for row, rollout in zip(logprobs, rollouts, strict=True)]
+
     @property
     def whole(self) -> bool:
         """Whether there is no adapter: all of the model is the policy's own."""
         return isinstance(self.model, PreTrainedModel)
+
+    @property
+    def base(self) -> str:
+        """The base model's name; of an embedded one without its path, which differs elsewhere."""
+        path = self.model.name_or_path
+        return Path(path).name if Path(path).parent == EMBEDDED else path
 
     def save(self, folder: Path) -> None:
         """Write the folder anew beside the old one, then swap: a full disk or an interrupt leaves the old one whole.
@@ -149,9 +195,8 @@ class Policy:
             "boundaries": sorted(rules.boundaries),
             "eos": sorted(rules.eos),
         }
-        base = Path(self.model.name_or_path)
-        embedded = base.parent == EMBEDDED and not self.whole
-        return {**saved, "model": base.name} if embedded else saved  # its path differs elsewhere
+        elsewhere = {} if self.whole or self.base == self.model.name_or_path else {"model": self.base}
+        return {**saved, **elsewhere}
 
 
 def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -236,14 +281,19 @@ def _adapt(base: PreTrainedModel, lora: Lora, rows: list[int]) -> Any:
         ) from error
 
 
-def load(folder: Path, trainable: bool = False) -> Policy:
+def load(folder: str | Path, trainable: bool = False) -> Policy:
     """A saved policy: the whole model, or its base model with the adapter on it.
+
+    Args:
+        folder: a run, its `adapter` or `model`, or what `rl-backspace export` wrote.
+        trainable: go on training it.
 
     Raises:
         UserError: the folder is not a policy of this project, or an adapter's base cannot be loaded.
     """
     import peft
 
+    folder = RunFolder.open(Path(folder)).policy if is_run(Path(folder)) else Path(folder)
     try:
         saved = json.loads((folder / SEMANTICS_FILE).read_text())
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -253,6 +303,7 @@ def load(folder: Path, trainable: bool = False) -> Policy:
         else:
             base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
             base, _ = load_base(saved.get("model", base_name))
+            _make_room(base, max(rules.deletes, default=0) + 1)
             model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except UserError:
         raise
@@ -291,19 +342,15 @@ def _save_whole(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a delete token: one that the vocabulary has already, or a spare row of the embedding."""
+    """The id of a delete token: one that the vocabulary has already, a spare row of the embedding, or a new one."""
     vocabulary = tokenizer.get_vocab()
     if text in vocabulary:
         if vocabulary[text] in _eos(base, tokenizer) | {tokenizer.pad_token_id}:
             raise UserError(f"delete.tokens: {text!r} ends or pads answers already; name another token")
         return vocabulary[text]
-    rows = base.get_input_embeddings().weight.shape[0]
     spare = max(vocabulary.values()) + 1
-    if spare >= rows:
-        raise UserError(
-            f"delete.tokens: no spare row for {text!r}: the tokenizer uses all {rows} rows of the embedding; "
-            "name a token that it has and does not need, such as a reserved one"
-        )
+    _make_room(base, spare + 1)
+    rows = base.get_input_embeddings().weight.shape[0]
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
     index = tokenizer.convert_tokens_to_ids(text)
     if not isinstance(index, int) or index >= rows or index in vocabulary.values():
@@ -318,6 +365,12 @@ def _add_token(text: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             if base.config.get_text_config().tie_word_embeddings:
                 break
     return index
+
+
+def _make_room(base: PreTrainedModel, rows: int) -> None:
+    """Resize the embedding to so many rows, where it has fewer: most models are padded and have some to spare."""
+    if base.get_input_embeddings().weight.shape[0] < rows:
+        base.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _token_layers(base: PreTrainedModel, rows: list[int]) -> Any:

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from rl_backspace.callbacks import Progress, StopOnInterrupt
-from rl_backspace.display import console, detector_table, last_message, results_table, strike, token_text
+from rl_backspace.display import console, detector_table, last_message, results_table, strike, trace_record
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.evaluate import evaluate, is_right
 from rl_backspace.experiment import REFUSALS, Experiment
+from rl_backspace.export import publish
 from rl_backspace.folder import RunFolder
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
@@ -55,18 +56,19 @@ def train(experiment: Experiment, out: Path) -> Path:
             if config.warmup.steps:
                 callbacks: list[TrainerCallback] = [Progress("warm-up", folder), stop]
                 detector = _warm_up(experiment, folder, callbacks)
-                policy.save(folder.policy)
+                publish(policy, folder)
                 _raise_if(stop.asked)
             measure("before")
             if experiment.args.max_steps:  # 0 means no RL here, and other things to transformers
                 trainer = _rl(experiment, folder, stop)
                 trainer.train()
-                policy.save(folder.policy)
+                publish(policy, folder)
                 _raise_if(stop.asked)
                 measure("after")
         summary = summarise(stages, trainer, experiment.task.ceiling, time.time() - started)
         summary["detector"] = detector
         folder.summarise(summary)
+        publish(policy, folder)  # again, for its card has the results
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
         (out / "checkpoints").rmdir()
     report(experiment, stages, summary, folder)
@@ -92,7 +94,7 @@ def _keeping(policy: Policy, folder: RunFolder) -> Iterator[None]:
 def _keep(policy: Policy, folder: RunFolder) -> str:
     """Save what was learned so far; where it is, or why it is not there."""
     try:
-        policy.save(folder.policy)
+        publish(policy, folder)
     except (UserError, OSError, SafetensorError) as error:
         return f"the {folder.policy.name} could not be saved ({one_line(error)})"
     return f"the {folder.policy.name} as it was is in {folder.policy}"
@@ -125,12 +127,7 @@ def _rl(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> Bac
             rollout = rollouts[i]
             record = {
                 "step": trainer.state.global_step,
-                "prompt": rows[i]["prompt"],
-                "actions": rollout.actions,
-                "typed": "".join(token_text(action, policy.tokenizer, policy.rules) for action in rollout.actions),
-                "visible": policy.text(rollout.visible),
-                "end": rollout.end,
-                "deletes": rollout.deletes,
+                **trace_record(rows[i]["prompt"], rollout, policy),
                 "rewards": dict(zip(names, [None if r != r else r for r in rewards[i].tolist()], strict=True)),
             }
             folder.trace(record)

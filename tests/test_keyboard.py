@@ -27,7 +27,7 @@ from rl_backspace.keyboard import Keyboard, alphabet, keyboard_of
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
-from rl_backspace.semantics import Budget, Machine, Rules
+from rl_backspace.semantics import Budget, Rules
 from rl_backspace.tasks import Task, typos
 from rl_backspace.trainer import BackspaceGRPOTrainer
 

@@ -244,6 +244,7 @@ def test_the_semantics_file_says_all_that_rules_say(tmp_path: Path) -> None:
     newline = made.tokenizer.convert_tokens_to_ids("\n")
     assert saved == {
         "tokens": {"<|a|>": "answer", "<|l|>": "line"},
+        "ids": {"<|a|>": CHARACTERS, "<|l|>": CHARACTERS + 1},
         "memory": "keep",
         "retry": "ban",
         "boundaries": [newline],
