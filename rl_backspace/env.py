@@ -34,8 +34,9 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
     Observation: `context` (capacity,) int64, the token ids that the policy is conditioned on, padded with zeros on
     the right; `length` (1,) int64, how many they are; `action_mask` (V,) int8, 1 where an action is legal.
     Action: a token id below V, delete tokens included.
-    Reward: 0 until the episode ends, then the weighted total; `info["rewards"]` has it per action, for those that
-    pay on the way. Terminated: the answer ended, or no action is legal. Truncated: its length or budget is spent.
+    Reward: 0 until the episode ends, then the weighted total as at the end of training, where every schedule has
+    risen; `info["rewards"]` has it per action, for those that pay on the way.
+    Terminated: the answer ended, or no action is legal. Truncated: its length or budget is spent.
 
     Args:
         experiment: an experiment file, or one that is prepared already.
@@ -135,7 +136,8 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
         machine, experiment = self.machine, self.experiment
         assert machine.end is not None
         rollout = Rollout(self._prompt, machine.trace, machine.visible, [], machine.end, machine.deleted, 0)
-        values = call(experiment.terms, [rollout], [self._row], self.policy, 0, max(1, experiment.args.max_steps))
+        steps = max(1, experiment.args.max_steps)
+        values = call(experiment.terms, [rollout], [self._row], self.policy, steps, steps)
         total = [0.0] * len(machine.trace)
         for weight, (value,) in zip(experiment.args.reward_weights, values, strict=True):
             for step, part in enumerate(per_action(value, len(machine.trace))):

@@ -338,6 +338,7 @@ def _save_whole(model: PreTrainedModel, folder: Path) -> None:
     finally:
         model.generation_config = generation
     if generation is not None:
+        generation._from_model_config = False  # else nothing of our own is read from it again
         generation.to_json_file(folder / "generation_config.json")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -270,6 +271,34 @@ def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
     assert len(greedy) == 1
 
 
+def test_generate_takes_prompts_from_anywhere_and_prints_json(
+    run: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "one.txt").write_text("1 2 3=6:\n")
+    (here / "many.jsonl").write_text('"4 5 6=3:"\n{"prompt": "7 8 9=6:", "answer": "?"}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("9 9 9=9:\n"))
+    result = call("generate", run, "3 3 3=3:", "-", "--file", here / "many.jsonl", "--json", "--temperature", 0)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["prompt"] for record in records] == ["3 3 3=3:", "9 9 9=9:", "4 5 6=3:", "7 8 9=6:"]
+    for record in records:
+        assert set(record) == {"prompt", "actions", "typed", "visible", "end", "deletes"}
+    (text,) = call("generate", run, "--file", here / "one.txt", "--json").out.splitlines()
+    assert json.loads(text)["prompt"] == "1 2 3=6:"
+    (here / "bad.jsonl").write_text('"a"\n{"question": 1}\n')
+    assert "bad.jsonl: line 2 has no prompt" in assert_refused(here, "generate", run, "--file", here / "bad.jsonl")[0]
+
+
+def test_generate_deletes_as_readily_as_it_is_told_to(run: Path) -> None:
+    def deletes(*options: object) -> list[int]:
+        lines = call("generate", run, "1 2 3=6:", "--json", "--temperature", 0, *options).out.splitlines()
+        return [json.loads(line)["deletes"] for line in lines]
+
+    assert deletes("--blocked", "--bias", 50) == [0] and deletes("--bias", 50)[0] > 2
+    final = call("generate", run, "1 2 3=6:", "--final", "--temperature", 0, "--bias", 5, "--window", 1)
+    record = call("generate", run, "1 2 3=6:", "--json", "--temperature", 0, "--bias", 5, "--window", 1)
+    assert final.out.strip() == json.loads(record.out)["visible"].strip()
+
+
 def test_without_lora_all_of_the_model_is_trained_and_saved(here: Path) -> None:
     """From a base whose generation config is one that transformers publishes but would not write."""
     base = checkpoint(here / "base")
@@ -344,6 +373,13 @@ def test_no_steps_of_rl_are_a_warm_up_alone(
         (["generate", "{run}", ""], "a prompt has no tokens"),
         (["eval", "{run}/adapter"], "no finished run here (config.yaml is missing)"),
         (["generate", "/nowhere"], "/nowhere: no finished run here"),
+        (["generate", "{run}/adapter"], "so no task with prompts; give one"),
+        (["generate", "{run}", "--file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
+        (["generate", "{run}", "--tokens", "0"], "--tokens"),
+        (["generate", "{run}", "--tokens", "500"], "the model's limit is 128"),
+        (["generate", "{run}", "--window", "-1"], "--window"),
+        (["export", "{run}", "{run}"], "already there and not empty"),
+        (["export", "/nowhere", "x"], "/nowhere: no finished run here"),
         (["eval"], "RUN"),
         (["evaluate", "{run}"], "No such command 'evaluate'"),
         (["train", "{run}/config.yaml", "--out", "{run}"], "already there and not empty"),
@@ -559,10 +595,6 @@ def test_corrections_that_cannot_be_made_are_one_clear_line(
 # bad input to `train`
 
 
-def no_spare_row(folder: Path) -> dict[str, Any]:
-    return {"model": str(checkpoint(folder / "full", spare=0))}
-
-
 def no_rewinding(folder: Path) -> dict[str, Any]:
     config = transformers.MambaConfig(
         vocab_size=CHARACTERS + 2, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=1, pad_token_id=0
@@ -632,7 +664,6 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "no such column": (own_data('{"q": "p", "answer": "a"}\n', prompt="qq"), ["row 1 of 'train' has no 'qq'"]),
     "prompt longer than the model": (short_context, ["longest prompt has .* the model's limit is 12"]),
     "answer longer than allowed": (plain(trainer={"max_completion_length": 2}), ["task: the answer .* takes 4 tokens"]),
-    "no spare row": (no_spare_row, ["no spare row for '<|delete|>'"]),
     "no rewinding": (no_rewinding, ["MambaForCausalLM cannot rewind"]),
     "num_generations": (plain(trainer={"num_generations": 3}), ["trainer: .*num_generations"]),
     "one generation": (plain(trainer={"num_generations": 1}), ["trainer: .*"]),

@@ -1,4 +1,4 @@
-"""`model.generate(custom_generate=rl_backspace.generate)`: transformers' own outputs without deletes, naive ones with."""
+"""`rl_backspace.generate` through transformers: its own outputs without deletes, and with them the naive ones."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from transformers.trainer_utils import align_special_tokens
 
 from rl_backspace.backbone import causal_lm
 from rl_backspace.config import Delete, Lora
-from rl_backspace.engine import Engine
+from rl_backspace.engine import Engine, Sampling
 from rl_backspace.errors import UserError
 from rl_backspace.policy import EMBEDDED, Policy, create, load, load_base
 from rl_backspace.pretrain import character_tokenizer
-from rl_backspace.semantics import Rules
+from rl_backspace.semantics import Budget, Rules
 
 LORA = Lora(r=4, alpha=8)
 CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}>"
@@ -259,6 +259,40 @@ def test_boundaries_are_asked_for_by_a_line_alone(tmp_path: Path) -> None:
     assert policy(tmp_path, Delete(boundary="zz")).rules.boundaries == frozenset()
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_full_embedding_grows(spare: int, tmp_path: Path) -> None:
+    delete = Delete(tokens={"<|a|>": "token", "<|b|>": "answer"})
+    made = policy(tmp_path, delete, spare=spare)
+    assert made.rules.deletes == {CHARACTERS: "token", CHARACTERS + 1: "answer"}
+    old = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    new = rows_of(made)["in"]
+    assert new.shape[0] == CHARACTERS + 2 and torch.equal(new[:CHARACTERS], old[:CHARACTERS])
+
+
+def test_a_policy_without_a_delete_token_is_a_twin(tmp_path: Path) -> None:
+    made = policy(tmp_path / "base", Delete(tokens={}))
+    disturb(made)
+    made.save(tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter")
+    assert loaded.rules == made.rules and not made.rules.deletes
+    assert torch.equal(logits(loaded.model, everything(made)), logits(made.model, everything(made)))
+    (rollout,) = loaded.generate(["1 2=3:"], Budget(6, 18))
+    assert rollout.deletes == 0 and rollout.actions == rollout.visible
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+def test_it_scores_what_it_generated(memory: Any, tmp_path: Path) -> None:
+    made = policy(tmp_path, Delete(memory=memory))
+    made.model.train()
+    budget = Budget(6, 18)
+    sampling = Sampling(temperature=0.7, delete_bias=6.0)
+    rollouts = made.generate(["1 2=3:", "4:", "5 6 7=8:"], budget, sampling, torch.Generator().manual_seed(0))
+    assert sum(rollout.deletes for rollout in rollouts) > 0
+    for rollout, scores in zip(rollouts, made.score(rollouts, budget, temperature=0.7), strict=True):
+        torch.testing.assert_close(scores, torch.tensor(rollout.logprobs), rtol=1e-4, atol=1e-4)
+    assert made.model.training
+
+
 def test_an_existing_token_can_be_the_delete_token(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", spare=0)  # and then no row needs to be free
     made = create(str(base), Delete(tokens={"~": "token"}), LORA, seed=0)
@@ -306,13 +340,6 @@ def refused(call: Callable[[], Any]) -> str:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("spare", [0, 1])
-def test_a_full_embedding_is_refused(spare: int, tmp_path: Path) -> None:
-    delete = Delete(tokens={f"<|{i}|>": "token" for i in range(spare + 1)})
-    said = refused(lambda: policy(tmp_path, delete, spare=spare))
-    assert f"no spare row for '<|{spare}|>'" in said and f"all {CHARACTERS + spare} rows" in said
 
 
 @pytest.mark.parametrize("text", ["<eos>", "<pad>"])
