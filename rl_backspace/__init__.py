@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rl_backspace.display import TypingStreamer
     from rl_backspace.engine import Engine, Rollout, Sampling
     from rl_backspace.env import BackspaceEnv
     from rl_backspace.errors import UserError
@@ -22,6 +23,7 @@ _HOME = {
     "Rollout": "engine",
     "Rules": "semantics",
     "Sampling": "engine",
+    "TypingStreamer": "display",
     "UserError": "errors",
     "generate": "generation",
     "load": "policy",
@@ -36,6 +38,7 @@ __all__ = [
     "Rollout",
     "Rules",
     "Sampling",
+    "TypingStreamer",
     "UserError",
     "generate",
     "load",

@@ -242,3 +242,32 @@ def test_refuses_prompts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="no tokens"):
         engine.run([[3], []], Budget(answer=20))
     assert engine.run([], Budget(answer=20)) == []
+
+
+OTHERS = {
+    **dict.fromkeys(("phi3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm"), {}),
+    **dict.fromkeys(("starcoder2", "falcon", "opt", "glm", "glm4", "nemotron", "exaone4", "arcee", "bitnet"), {}),
+    "ernie4_5": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4},
+    "deepseek_v3": {
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size"), 16),
+        **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    },
+}  # model types of transformers that the README's table says pass, and what their small configs need
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_architectures_that_are_said_to_pass_do_what_the_naive_loop_does(name: str) -> None:
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+    options = (*sizes, "vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id")
+    like = {key: getattr(tiny().config, key) for key in options}
+    config = transformers.AutoConfig.for_model(name, **{**like, **OTHERS[name]})
+    torch.manual_seed(0)
+    model = eager_to_delete(transformers.AutoModelForCausalLM.from_config(config).eval())
+    played, budget, prompts = rules("erase", "ban"), Budget(answer=6, actions=15), some_prompts(4)
+    for prompt, rollout in zip(prompts, Engine(model, played).run(prompts, budget, GREEDY), strict=True):
+        assert rollout.actions == naive.greedy(model, prompt, played, budget).history
