@@ -7,6 +7,7 @@ forward passes are spent on tokens that enter the context and on nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from rl_backspace.backbone import Backbone, PointerCache, check
 from rl_backspace.errors import UserError
-from rl_backspace.semantics import Budget, End, Machine, Rules
+from rl_backspace.semantics import Budget, End, Machine, Rules, replay
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Running:
     def pointer(self) -> int:
         return len(self.prompt) + len(self.machine.path)
 
+    @property
+    def context(self) -> list[int]:
+        return [*self.prompt, *(self.machine.trace[slot] for slot in self.machine.path)]
+
     def finish(self) -> Rollout:
         machine = self.machine
         assert machine.end is not None
@@ -152,36 +157,49 @@ class Engine:
         sampling: Sampling = Sampling(),
         generator: torch.Generator | None = None,
         on_action: Callable[[int, int], None] | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
         """Roll out every prompt (token ids, not empty) once; results in the prompts' order.
 
-        `on_action(prompt index, action)` is told of each action as it is chosen.
+        Args:
+            on_action: (prompt index, action) is told of each action as it is chosen.
+            begun: for each prompt the actions that were taken already, to go on from; their log-probs are nan.
 
         Raises:
             UserError: a prompt is empty, or does not fit the model's context together with the budget; or the
                 model's logits are not numbers.
+            IllegalAction: the rules or the budget forbid an action of `begun`.
         """
         done: list[Rollout | None] = [None] * len(prompts)
         causal = self.backbone.causal
         was_training = causal.training
         causal.eval()
         try:
-            for index, rollout in self._roll(prompts, budget, sampling, generator, on_action):
+            for index, rollout in self._roll(self._begin(prompts, budget, begun), sampling, generator, on_action):
                 done[index] = rollout
         finally:
             causal.train(was_training)
         return [rollout for rollout in done if rollout is not None]
 
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], budget: Budget, begun: Sequence[Sequence[int]] | None
+    ) -> tuple[_Batch, list[Running]]:
+        """An empty batch, and the rows that wait for a place in it, the first one last."""
+        batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
+        rows = []
+        for index, (prompt, actions) in enumerate(zip(prompts, begun or [()] * len(prompts), strict=True)):
+            machine = replay(actions, self.rules, budget)
+            rows.append(Running(index, list(prompt), machine, [math.nan] * len(actions)))
+        return batch, rows[::-1]
+
     def _roll(
         self,
-        prompts: Sequence[Sequence[int]],
-        budget: Budget,
+        begun: tuple[_Batch, list[Running]],
         sampling: Sampling,
         generator: torch.Generator | None,
         on_action: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[int, Rollout]]:
-        batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
-        waiting = [Running(i, list(prompt), Machine(self.rules, budget)) for i, prompt in enumerate(prompts)][::-1]
+        batch, waiting = begun
         while waiting or batch.rows:
             batch.admit(waiting)
             feed = self._choose(batch, sampling, generator, on_action)
@@ -199,7 +217,7 @@ class Engine:
     ) -> list[int]:
         """Let every row act until it has a token to feed or has ended; the tokens, 0 for ended rows."""
         feed = [0] * len(batch.rows)
-        acting = list(range(len(batch.rows)))
+        acting = [i for i, row in enumerate(batch.rows) if row.machine.end is None]  # some ended before they began
         while acting:
             hidden = batch.anchors(acting)
             actions, logprobs = self._sample(hidden, [batch.rows[i] for i in acting], sampling, generator)
@@ -311,24 +329,23 @@ class _Batch:
         self.hidden: Tensor | None = None  # (size, capacity, H): the hidden state at every context position
 
     def admit(self, waiting: list[Running]) -> None:
-        """Move waiting rows into free places; each distinct prompt is computed once."""
+        """Move waiting rows into free places; each distinct context is computed once."""
         room = self.size - len(self.rows)
         if not waiting or room < min(len(waiting), max(1, self.size // 8)):
             return
         new = [waiting.pop() for _ in range(min(room, len(waiting)))]
         distinct: dict[tuple[int, ...], int] = {}
-        source = torch.tensor([distinct.setdefault(tuple(row.prompt), len(distinct)) for row in new])
+        source = torch.tensor([distinct.setdefault(tuple(row.context), len(distinct)) for row in new])
         source = source.to(self.backbone.device)
         longest = max(map(len, distinct))
-        ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in distinct])
+        ids = torch.tensor([[*context, *[context[-1]] * (longest - len(context))] for context in distinct])
         hidden, prefilled = self.backbone.prefill(ids.to(self.backbone.device))
         if self.cache is None or self.hidden is None:
             self.cache = PointerCache(prefilled, self.size, self.capacity)
             self.hidden = hidden.new_zeros(self.size, self.capacity, hidden.shape[-1])
         first = len(self.rows)
         self.cache.fill(first, prefilled, source)
-        last = torch.tensor([len(row.prompt) - 1 for row in new], device=hidden.device)
-        self.hidden[torch.arange(first, first + len(new), device=hidden.device), last] = hidden[source, last]
+        self.hidden[first : first + len(new), :longest] = hidden[source]
         self.rows += new
 
     def anchors(self, indices: list[int]) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import naive
 import pytest
 import torch
@@ -244,10 +246,10 @@ def test_refuses_prompts_that_do_not_fit() -> None:
     assert engine.run([], Budget(answer=20)) == []
 
 
-OTHERS = {
-    **dict.fromkeys(("phi3", "smollm3", "olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "stablelm"), {}),
-    **dict.fromkeys(("starcoder2", "falcon", "opt", "glm", "glm4", "nemotron", "exaone4", "arcee", "bitnet"), {}),
-    "ernie4_5": {},
+PLAIN = """phi3 smollm3 olmo olmo2 olmo3 granite cohere cohere2 stablelm starcoder2 falcon opt glm glm4 nemotron exaone4
+    arcee bitnet ernie4_5"""
+OTHERS: dict[str, dict[str, int]] = {
+    **{name: {} for name in PLAIN.split()},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -271,3 +273,19 @@ def test_architectures_that_are_said_to_pass_do_what_the_naive_loop_does(name: s
     played, budget, prompts = rules("erase", "ban"), Budget(answer=6, actions=15), some_prompts(4)
     for prompt, rollout in zip(prompts, Engine(model, played).run(prompts, budget, GREEDY), strict=True):
         assert rollout.actions == naive.greedy(model, prompt, played, budget).history
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+@pytest.mark.parametrize("retry", ["free", "ban"])
+def test_it_goes_on_from_where_a_rollout_was_cut(memory: str, retry: str) -> None:
+    model, played, budget = eager_to_delete(tiny()), rules(memory, retry), Budget(answer=10, actions=30)
+    prompts = some_prompts(20)
+    engine = Engine(model, played, rows=7)
+    whole = engine.run(prompts, budget, GREEDY)
+    cuts = [len(rollout.actions) * (i % 5) // 4 for i, rollout in enumerate(whole)]  # from nothing to all of it
+    again = engine.run(prompts, budget, GREEDY, begun=[r.actions[:cut] for r, cut in zip(whole, cuts, strict=True)])
+    assert sum(rollout.deletes for rollout in whole) > 20
+    for first, second, cut in zip(whole, again, cuts, strict=True):
+        assert (first.actions, first.visible, first.end) == (second.actions, second.visible, second.end)
+        assert all(math.isnan(logprob) for logprob in second.logprobs[:cut])
+        assert second.logprobs[cut:] == pytest.approx(first.logprobs[cut:], abs=1e-4)
