@@ -142,19 +142,23 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, max=LAST_SEED, help="of the sampling; default: the run's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Accuracy of a trained run on its test prompts, token allowed and blocked, sampled and greedy."""
+    """Does deleting help? A run on its test prompts beside what competes with it: the token blocked, deletes at random
+    times, the best and the commonest of several answers for the same actions; and what its deletions were good for."""
     import json
 
-    from rl_backspace.display import console, results_table
-    from rl_backspace.evaluate import evaluate as measure
+    from rl_backspace.controls import examine
+    from rl_backspace.display import console, controls_table, deletions_table
 
     config, task, policy, budget = _open(run)
     test = task.test[: rows or config.evaluation.rows]
-    results = measure(policy, task, test, budget, config.seed if seed is None else seed)
+    found = examine(policy, task, test, budget, config.seed if seed is None else seed)
     if as_json:
-        typer.echo(json.dumps(results if task.ceiling is None else {**results, "ceiling": task.ceiling}))
-    else:
-        console.print(results_table({str(run): results}, task.ceiling))
+        typer.echo(json.dumps(found if task.ceiling is None else {**found, "ceiling": task.ceiling}))
+        return
+    for how, results in found.items():
+        console.print(controls_table(how, results["arms"], task.ceiling))
+    if policy.rules.deletes:
+        console.print(deletions_table(found))
 
 
 @app.command()

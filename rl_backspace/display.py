@@ -21,6 +21,26 @@ if TYPE_CHECKING:  # the audit needs an experiment, and the tables of others do 
     from rl_backspace.engine import Rollout
     from rl_backspace.policy import Policy
 
+ARMS = {
+    "allowed": "the policy",
+    "blocked": "its token blocked",
+    "random": "deletes at random times",
+    "best_of": "blocked, likeliest of",
+    "majority": "blocked, commonest of",
+}
+DELETIONS = {
+    "first_attempt": "accuracy without the first delete and what follows",
+    "rescued": "answers: wrong at first, right in the end",
+    "spoiled": "answers: right at first, wrong in the end",
+    "runs_per_answer": "runs of deletes per answer (a number)",
+    "wrong_to_right": "runs that turned what would have been wrong right",
+    "right_to_wrong": "runs that turned what would have been right wrong",
+    "repeats": "runs followed by the same token again",
+    "thrown_away": "actions thrown away",
+    "out_of_actions": "answers that ran out of actions",
+    "precision": "presses where something was wrong",
+    "recall": "wrong states with a press",
+}
 EXAMPLE = 24  # characters of a trace in a table
 console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
 
@@ -116,6 +136,39 @@ def results_table(stages: dict[str, Any], ceiling: float | None = None) -> Table
             deletes = ", ".join(f"{decodings[how]['deletes_per_answer']:.2f}" for how in ("sampled", "greedy"))
             table.add_row(stage, token, *cells, deletes)
         table.add_section()
+    return table
+
+
+def controls_table(how: str, arms: dict[str, Any], ceiling: float | None = None) -> Table:
+    """What `controls.examine` found by one decoding: each arm, and how far the policy is above it, row by row.
+
+    Args:
+        ceiling: highest accuracy that there is without deleting, where the task knows it.
+    """
+    caption = "" if ceiling is None else f"; ceiling without deletes {100 * ceiling:.1f} %"
+    table = Table(title=f"{how}: accuracy on {arms['allowed']['answers']} held-out prompts, % (95 % interval){caption}")
+    for column in ("", "accuracy", "policy above it", "actions", "deletes"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for arm, cell in arms.items():
+        over = ""
+        if above := cell.get("allowed_above"):
+            low, high = above["interval"]
+            over = f"{100 * above['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        name = f"{ARMS[arm]} {cell.get('n', '')}".rstrip()
+        spent = (f"{cell[key]:.2f}" for key in ("actions_per_answer", "deletes_per_answer"))
+        table.add_row(name, _accuracy(cell), over, *spent)
+    return table
+
+
+def deletions_table(found: dict[str, Any]) -> Table:
+    """What the deletions were good for (`Examination.deletions`), in %."""
+    table = Table(title="what deleting did, %")
+    for column in ("", *found):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, text in DELETIONS.items():
+        values = [results["deletions"][name] for results in found.values()]
+        factor, digits = (1, 2) if name == "runs_per_answer" else (100, 1)
+        table.add_row(text, *("–" if value is None else f"{factor * value:.{digits}f}" for value in values))
     return table
 
 

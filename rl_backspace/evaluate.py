@@ -58,7 +58,7 @@ def measure(policy: Policy, task: Task, rows: list[Row], rollouts: list[Rollout]
     interval = binomtest(right, count).proportion_ci(method="wilson")
     return {
         "accuracy": right / count,
-        "interval": [interval.low, interval.high],
+        "interval": [float(interval.low), float(interval.high)],
         "deletes_per_answer": sum(r.deletes for r in rollouts) / count,
         "actions_per_answer": sum(len(r.actions) for r in rollouts) / count,
         "finished": sum(r.end == "eos" for r in rollouts) / count,

@@ -160,14 +160,18 @@ class Refresh(TrainerCallback):
 
 def make_corrector(policy: Policy, task: Task, budget: Budget, config: Warmup) -> Corrector:
     """A corrector whose wrong tokens are those that the task's own answers are made of."""
+    return Corrector(make_teacher(policy, task, budget), config.clean, config.errors, config.late)
+
+
+def make_teacher(policy: Policy, task: Task, budget: Budget) -> Teacher:
+    """The teacher of a task, in the policy's tokens."""
     eos = policy.tokenizer.eos_token_id
 
     @functools.lru_cache(maxsize=10_000)
     def tokens(text: str) -> tuple[int, ...]:
         return tuple(policy.tokenizer(text, add_special_tokens=False).input_ids)
 
-    teacher = Teacher(task, policy.rules, budget, tokens, policy.text, alphabet(task, policy), eos)
-    return Corrector(teacher, config.clean, config.errors, config.late)
+    return Teacher(task, policy.rules, budget, tokens, policy.text, alphabet(task, policy), eos)
 
 
 def make_corrections(

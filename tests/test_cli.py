@@ -244,18 +244,19 @@ def test_eval_measures_what_train_measured(run: Path) -> None:
     before = tree(run)
     result = call("eval", run, "--json")
     assert result.code == 0
-    cells = json.loads(result.out)
+    found = json.loads(result.out)
     summary = json.loads((run / "summary.json").read_text())
     for measure in ("accuracy", "deletes_per_answer", "finished"):
         for token in ("allowed", "blocked"):
-            got = {how: cell[measure] for how, cell in cells[token].items()}
+            got = {how: results["arms"][token][measure] for how, results in found.items()}
             assert got == summary[measure]["after"][token]
     assert tree(run) == before
 
 
 def test_eval_takes_fewer_rows_and_prints_a_table(run: Path) -> None:
-    assert json.loads(call("eval", run, "--json", "--rows", 3).out)["allowed"]["greedy"]["answers"] == 3
-    assert "allowed" in call("eval", run, "--rows", 3).out
+    assert json.loads(call("eval", run, "--json", "--rows", 3).out)["greedy"]["arms"]["allowed"]["answers"] == 3
+    shown = call("eval", run, "--rows", 3).out
+    assert "deletes at random times" in shown and "wrong at first, right in the end" in shown
 
 
 def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
@@ -357,7 +358,7 @@ def test_no_steps_of_rl_are_a_warm_up_alone(
     assert {summary[count] for count in ("steps", "actions", "deletes", "forward_passes")} == {0}
     assert summary["logp_gap_max"] is None and summary["seconds"] > 0
     measured = json.loads(call("eval", "run", "--json").out)
-    assert measured["allowed"]["sampled"]["accuracy"] == summary["accuracy"]["before"]["allowed"]["sampled"]
+    assert measured["sampled"]["arms"]["allowed"]["accuracy"] == summary["accuracy"]["before"]["allowed"]["sampled"]
 
 
 @pytest.mark.parametrize(
