@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # the audit needs an experiment, and the tables of others do 
     from rl_backspace.policy import Policy
 
 ARMS = {
-    "allowed": "the policy",
-    "blocked": "its token blocked",
-    "random": "deletes at random times",
-    "best_of": "blocked, likeliest of",
-    "majority": "blocked, commonest of",
+    "allowed": "policy",
+    "blocked": "blocked",
+    "random": "random times",
+    "best_of": "best of",
+    "majority": "majority of",
 }
 DELETIONS = {
     "first_attempt": "accuracy without the first delete and what follows",
@@ -153,7 +153,7 @@ def controls_table(how: str, arms: dict[str, Any], ceiling: float | None = None)
         over = ""
         if above := cell.get("allowed_above"):
             low, high = above["interval"]
-            over = f"{100 * above['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            over = f"{100 * above['difference']:+.1f} ({100 * low:.1f}, {100 * high:.1f})"
         name = f"{ARMS[arm]} {cell.get('n', '')}".rstrip()
         spent = (f"{cell[key]:.2f}" for key in ("actions_per_answer", "deletes_per_answer"))
         table.add_row(name, _accuracy(cell), over, *spent)

@@ -256,7 +256,7 @@ def test_eval_measures_what_train_measured(run: Path) -> None:
 def test_eval_takes_fewer_rows_and_prints_a_table(run: Path) -> None:
     assert json.loads(call("eval", run, "--json", "--rows", 3).out)["greedy"]["arms"]["allowed"]["answers"] == 3
     shown = call("eval", run, "--rows", 3).out
-    assert "deletes at random times" in shown and "wrong at first, right in the end" in shown
+    assert "random times" in shown and "wrong at first, right in the end" in shown
 
 
 def test_generate_prints_a_trace_for_each_prompt(run: Path) -> None:
@@ -326,7 +326,7 @@ def test_without_lora_all_of_the_model_is_trained_and_saved(here: Path) -> None:
     trained = after.state_dict()
     assert not [name for name, weights in before.state_dict().items() if torch.equal(weights, trained[name])]
     measured = json.loads(call("eval", "run", "--json").out)
-    assert measured["allowed"]["greedy"]["accuracy"] == summary["accuracy"]["after"]["allowed"]["greedy"]
+    assert measured["greedy"]["arms"]["allowed"]["accuracy"] == summary["accuracy"]["after"]["allowed"]["greedy"]
     assert call("generate", "run", "1 2 3=6:").out.startswith("1 2 3=6: ")
 
 
@@ -987,7 +987,7 @@ def test_an_interrupt_keeps_the_adapter_and_says_where(
     assert all("phase" in record for record in lines(here / "run" / "metrics.jsonl"))
     assert not (here / "run" / "summary.json").exists()
     result = call("eval", "run", "--json")  # what is kept is a run
-    assert result.code == 0 and json.loads(result.out)["allowed"]
+    assert result.code == 0 and json.loads(result.out)["greedy"]["arms"]
 
 
 def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not() -> None:
