@@ -67,6 +67,10 @@ class Warmup(Strict):
         default={"random": 1.0, "samples": 1.0, "rollouts": 1.0},
         description="where errors come from, with weights: random, early, samples, uncertain, rollouts",
     )
+    labels: Literal["prefixes", "answers"] = Field(
+        default="prefixes",
+        description="what tells an error: the task's own check of prefixes, or the reference answers alone",
+    )
     clean: Share = Field(default=0.5, description="share of examples without an error")
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
@@ -106,6 +110,7 @@ class Reward(Strict):
 
 class Evaluation(Strict):
     rows: PositiveInt = Field(default=1024, description="test prompts, at most")
+    controls: bool = Field(default=False, description="examine the trained policy as `eval` does, into controls.json")
 
 
 class Wandb(Strict):

@@ -106,6 +106,7 @@ class WarmupTrainer(Trainer):
         self.base = copy.deepcopy(policy.model).requires_grad_(False).eval() if beta and policy.whole else None
         super().__init__(policy.model, args, data_collator=self.collate, train_dataset=dataset, callbacks=callbacks)
         self.model_accepts_loss_kwargs = False
+        self.actions = 0  # that were trained on
 
     def collate(self, groups: list[list[Example]]) -> dict[str, Tensor]:
         """TRL's shapes: prompts padded on the left, traces on the right; targets and what to learn (B, K)."""
@@ -121,6 +122,7 @@ class WarmupTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         learn = inputs["learn"]
+        self.actions += int(inputs["attention_mask"][:, -learn.shape[1] :].sum())
         packed = pack(inputs["input_ids"], inputs["attention_mask"], learn.shape[1], self.rules, self.budget)
         logits = packed_logits(model, packed)
         logprobs = action_logprobs(logits, replace(packed, actions=inputs["targets"]))[0]
@@ -178,6 +180,8 @@ def make_corrections(
     policy: Policy, task: Task, budget: Budget, config: Warmup, size: int, seed: int
 ) -> tuple[Corrections, Asker]:
     """The corrections of `size` prompts, still without a pool, and what asks the model to fill it."""
+    if config.labels == "answers":
+        task = task.without_checks()
     prompts = policy.encode([row["prompt"] for row in task.train])
     corrector = make_corrector(policy, task, budget, config)
     engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rl_backspace.errors import UserError
@@ -46,6 +46,10 @@ class Task:
     complete: Callable[[Row, str, random.Random], str | None] | None = None
     typo_rate: float = 0.0
     ceiling: float | None = None
+
+    def without_checks(self) -> Task:
+        """The same, where nothing is known of prefixes but what the reference answers tell."""
+        return replace(self, alive=_starts_reference, complete=None)
 
     @property
     def tells_errors(self) -> bool:
