@@ -50,14 +50,14 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(dump(config), encoding="utf-8")
+            folder = cls(path, policy_folder(path, config))
+            versions = {name: version(name) for name in PACKAGES}
+            machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+            folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
         except OSError as error:
             raise UserError(
                 f"{path}: cannot write the run folder: {error.strerror}; choose another with --out"
             ) from error
-        folder = cls(path, policy_folder(path, config))
-        versions = {name: version(name) for name in PACKAGES}
-        machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-        folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
         return folder
 
     @classmethod
@@ -127,10 +127,8 @@ class RunFolder:
             stream.write(json.dumps(record) + "\n")
 
     def _write(self, file: str, content: Mapping[str, Any]) -> None:
-        """All or nothing, so that a crash leaves no half file."""
-        temporary = self.path / f".{file}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / file)
+        with atomically(self.path / file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class TraceTable:
@@ -160,6 +158,17 @@ class TraceTable:
         ]
         rows = [[*(r[column] for column in columns), *(r["rewards"][name] for name in rewards)] for r in texts]
         return [*columns, *(f"rewards/{name}" for name in rewards)], rows
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which is replaced once all is written, and left as it was by a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def default_folder(config: Config) -> Path:

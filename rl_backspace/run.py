@@ -66,7 +66,10 @@ def train(experiment: Experiment, out: Path) -> Path:
                 measure("after")
         summary = summarise(stages, trainer, experiment.task.ceiling, time.time() - started)
         summary["detector"] = detector
-        folder.summarise(summary)
+        try:
+            folder.summarise(summary)
+        except OSError as error:
+            raise UserError(f"{one_line(error)}; the {folder.policy.name} is in {folder.policy}") from error
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
         (out / "checkpoints").rmdir()
     report(experiment, stages, summary, folder)
