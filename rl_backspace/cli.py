@@ -10,9 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
-from rl_backspace.errors import UserError
+from rl_backspace.errors import UserError, one_line
+
+
+class Interruptible(typer.core.TyperGroup):
+    """Commands of which Ctrl-C is told, whatever typer makes of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=Interruptible,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -308,7 +321,9 @@ def sweep(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of runs")],
-    sort: Annotated[str | None, typer.Option(help="a column, highest first; default: accuracy.sampled")] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="a column, highest first, or lowest with - before it; default: accuracy.sampled")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="for tables and picture; default: the folder of runs, or compare")
     ] = None,
@@ -360,10 +375,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        code: int = app(args=arguments, standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
+        return 2
+    except (OSError, UnicodeError) as error:  # such as a folder that cannot be read, or output that nobody reads
+        typer.echo(f"error: {one_line(error)}", err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
@@ -380,4 +400,6 @@ def entry() -> None:
     """The console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other packages' deprecations are not the user's to mend
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main())

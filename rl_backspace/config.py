@@ -171,8 +171,8 @@ class PretrainConfig(Strict):
     learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak of a one-cycle schedule")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as YAML 1.2 has it, and in which a key given twice is a mistake."""
+class PlainLoader(yaml.SafeLoader):
+    """YAML as wandb reads it, in which a key given twice is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -180,6 +180,10 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+class _Loader(PlainLoader):
+    """In it 3e-4 is a number, as YAML 1.2 has it."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -207,7 +211,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _Loader) -> dict[str, 
         content = yaml.load(path.read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of an experiment file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date that does not exist
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, got {type(content).__name__}")
@@ -241,7 +245,7 @@ def _override(content: dict[str, Any], argument: str) -> str | None:
         content = content[name]
     try:
         content[names[-1]] = yaml.load(value, _ArgumentLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return f"override {argument!r}: {value!r} is not a YAML value"
     return None
 
@@ -253,7 +257,7 @@ def parse(content: Mapping[str, Any]) -> Config:
         UserError: one line per mistake.
     """
     problems: list[str] = []
-    config = _validate(Config, content, problems)
+    config = validate(Config, content, problems)
     trainer, warmup = content.get("trainer"), content.get("warmup")
     if isinstance(trainer, dict):
         problems += trainer_problems(trainer, "trainer", "GRPOConfig")
@@ -267,7 +271,7 @@ def parse(content: Mapping[str, Any]) -> Config:
 
 def parse_pretrain(content: Mapping[str, Any]) -> PretrainConfig:
     problems: list[str] = []
-    config = _validate(PretrainConfig, content, problems)
+    config = validate(PretrainConfig, content, problems)
     problems += _sizes(content)
     if problems or config is None:
         raise UserError("\n".join(problems))
@@ -277,7 +281,8 @@ def parse_pretrain(content: Mapping[str, Any]) -> PretrainConfig:
 _Model = typing.TypeVar("_Model", bound=BaseModel)
 
 
-def _validate(model: type[_Model], content: Mapping[str, Any], problems: list[str]) -> _Model | None:
+def validate(model: type[_Model], content: Mapping[str, Any], problems: list[str]) -> _Model | None:
+    """A block as the model has it, or None; then `problems` gets a line for each mistake."""
     try:
         return model.model_validate(dict(content))
     except ValidationError as error:
@@ -312,7 +317,7 @@ def _line(model: type[BaseModel], content: Mapping[str, Any], path: tuple[Any, .
         return f"{key}: unknown key{nearest(path[-1], known)}; known here: {', '.join(known)}"
     if issue["type"] == "missing":
         missing = ".".join(map(str, issue["loc"]))
-        return f"{missing}: missing; add it to the experiment file{_slip(content, issue['loc'])}"
+        return f"{missing}: missing; add it{_slip(content, issue['loc'])}"
     expected = ", or ".join(dict.fromkeys(_expected(issue) for issue in issues))
     return f"{key}: expected {expected}; got {issue['input']!r} ({type(issue['input']).__name__})"
 

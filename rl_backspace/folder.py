@@ -3,6 +3,7 @@
 config.yaml       the resolved config            metrics.jsonl   one line per logged step
 versions.json     packages, machine, seed        traces.jsonl    a sample of rollouts of each step
 adapter/          adapter, tokenizer, semantics  summary.json    before and after, and the run's counts
+controls.json     what competes with deleting, with `evaluation.controls`
 model/            in its place with `lora: null`: the whole model, tokenizer, semantics
 """
 
@@ -50,14 +51,14 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(dump(config), encoding="utf-8")
+            folder = cls(path, policy_folder(path, config))
+            versions = {name: version(name) for name in PACKAGES}
+            machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+            folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
         except OSError as error:
             raise UserError(
                 f"{path}: cannot write the run folder: {error.strerror}; choose another with --out"
             ) from error
-        folder = cls(path, policy_folder(path, config))
-        versions = {name: version(name) for name in PACKAGES}
-        machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-        folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
         return folder
 
     @classmethod
@@ -97,6 +98,10 @@ class RunFolder:
         if self._table is not None:
             self._table.add(record)
 
+    def examined(self, found: Mapping[str, Any]) -> None:
+        """controls.json: what `controls.examine` found."""
+        self._write("controls.json", found)
+
     def summarise(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", summary)
         if self.mirror is not None:
@@ -134,10 +139,8 @@ class RunFolder:
             stream.write(json.dumps(record) + "\n")
 
     def _write(self, file: str, content: Mapping[str, Any]) -> None:
-        """All or nothing, so that a crash leaves no half file."""
-        temporary = self.path / f".{file}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / file)
+        with atomically(self.path / file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class TraceTable:
@@ -167,6 +170,17 @@ class TraceTable:
         ]
         rows = [[*(r[column] for column in columns), *(r["rewards"][name] for name in rewards)] for r in texts]
         return [*columns, *(f"rewards/{name}" for name in rewards)], rows
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which is replaced once all is written, and left as it was by a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def default_folder(config: Config) -> Path:

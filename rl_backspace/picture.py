@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_backspace.compare import MEASURES, PICTURE, Estimate, Group
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"]
@@ -17,10 +19,8 @@ OTHERS = "#c8c8c8"
 
 def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path) -> None:
     """Accuracy against deletes, and the rewards over time; the first dozen groups have a colour and a marker each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     rewards = [column for column in columns if column not in MEASURES]
     shown = len(groups[: len(COLOURS)]) + (len(groups) > len(COLOURS))
@@ -29,8 +29,8 @@ def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path)
     down = max(1, math.ceil(len(rewards) / (1 if len(rewards) < 5 else 2)))
     height, legend = max(4.6, 1.45 * down), 0.22 * math.ceil(shown / across) + 0.15
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with matplotlib.rc_context({**style, "grid.alpha": 0.25, "grid.linewidth": 0.6}):
-        figure = pyplot.figure(figsize=(12 if rewards else 6.5, height + legend), layout="constrained")
+    with rc_context({**style, "grid.alpha": 0.25, "grid.linewidth": 0.6, "text.parse_math": False}):
+        figure = Figure(figsize=(12 if rewards else 6.5, height + legend), layout="constrained")
         parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15)) if rewards else [figure]
         left, *right = parts
         _draw_accuracy(left.subplots(), groups, "greedy" if sort.endswith(".greedy") else "sampled")
@@ -41,8 +41,7 @@ def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path)
         figure.legend(
             handles[::-1], labels[::-1], loc="outside lower center", ncols=across, frameon=False, fontsize=8.5
         )
-        figure.savefig(path, dpi=150, metadata={"Software": PICTURE})
-        pyplot.close(figure)
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": PICTURE})
 
 
 def _styles(groups: Sequence[Group]) -> list[tuple[Group, str, str, str | None]]:
@@ -97,29 +96,31 @@ def _bar(estimate: Estimate, scale: float) -> list[list[float]] | None:
 
 def _draw_curves(axes: Any, groups: Sequence[Group], rewards: Sequence[str]) -> None:
     """A panel per reward: each group's mean over seeds, and the range of its seeds as a band."""
-    steps = max((len(curve) for one in groups for run in one.runs for curve in run.curves.values()), default=1)
-    window = max(1, steps // 25)
-    for panel in axes.flat[len(rewards) :]:
-        panel.set_visible(False)
-    for column, panel in zip(rewards, axes.flat, strict=False):
+    logged = max((len(curve) for one in groups for run in one.runs for curve in run.curves.values()), default=1)
+    window = max(1, logged // 25)
+    below = f"step of RL (mean of {window} logged steps; band: range of seeds)" if window > 1 else "step of RL"
+    across = axes.shape[1]
+    for index, panel in enumerate(axes.flat):
+        if index >= len(rewards):
+            panel.set_visible(False)
+            continue
+        if index + across >= len(rewards):  # nothing is below it
+            panel.set_xlabel(below, fontsize=8.5)
+            panel.tick_params(labelbottom=True)
+        column = rewards[index]
         for order, (one, colour, _, _) in enumerate(_styles(groups)):
             curves = [run.curves[column] for run in one.runs if column in run.curves]
             common = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
             if not common:
                 continue
-            smooth = [_smooth([curve[step] for step in common], window) for curve in curves]
-            over = list(zip(*smooth, strict=True))
-            mean = [sum(values) / len(values) for values in over]
+            smooth = np.stack([_smooth([curve[step] for step in common], window) for curve in curves])
             if len(curves) > 1:
                 band = {"color": colour, "alpha": 0.12, "linewidth": 0}
-                panel.fill_between(common, list(map(min, over)), list(map(max, over)), zorder=2, **band)
-            panel.plot(common, mean, color=colour, linewidth=1.3, zorder=3 + order)
+                panel.fill_between(common, smooth.min(axis=0), smooth.max(axis=0), zorder=2, **band)
+            panel.plot(common, smooth.mean(axis=0), color=colour, linewidth=1.3, zorder=3 + order)
         panel.set_title(column.removeprefix("reward.") if column != "reward" else "total", fontsize=9, loc="left")
-    below = f"step of RL (mean of {window} steps; band: range of seeds)" if window > 1 else "step of RL"
-    for panel in axes[-1]:
-        panel.set_xlabel(below, fontsize=8.5)
 
 
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, `window` in all."""
-    return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i + 1 - window) : i + 1]]]
+def _smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """The mean of each value and those before it, `window` in all; NaN where one of them is."""
+    return np.convolve(values, np.ones(window))[: len(values)] / np.minimum(np.arange(len(values)) + 1, window)

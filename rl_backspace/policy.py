@@ -199,18 +199,28 @@ class Policy:
         return {**saved, **elsewhere}
 
 
-def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An embedded model by name, or any causal LM by hub id or local path; float32 unless saved otherwise.
+def find_base(model: str) -> tuple[str, str]:
+    """A base model's folder or hub id, and what else could be given; neither loads it nor asks the hub.
 
     Raises:
-        UserError: it cannot be found or is no causal language model.
+        UserError: it can be none of the three.
     """
     embedded = [path.parent.name for path in sorted(EMBEDDED.glob("*/config.json"))]
     source = str(EMBEDDED / model) if model in embedded else model
     advice = f"give an embedded model ({', '.join(embedded)}), a hub id or a local path"
     hint = nearest(model, embedded)
     if not Path(source).exists() and (hint or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
-        raise UserError(f"model: {model!r} is no folder{hint}; {advice}")  # without asking the hub
+        raise UserError(f"model: {model!r} is no folder{hint}; {advice}")
+    return source, advice
+
+
+def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An embedded model by name, or any causal LM by hub id or local path; float32 unless saved otherwise.
+
+    Raises:
+        UserError: it cannot be found or is no causal language model.
+    """
+    source, advice = find_base(model)
     try:
         AutoConfig.from_pretrained(source)  # first, for its errors are the clearest
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")

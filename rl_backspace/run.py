@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from rl_backspace.callbacks import Progress, StopOnInterrupt
+from rl_backspace.controls import examine
 from rl_backspace.display import console, detector_table, last_message, results_table, strike, trace_record
 from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
@@ -45,28 +46,30 @@ def train(experiment: Experiment, out: Path) -> Path:
     stages: dict[str, Any] = {}
     trainer: BackspaceGRPOTrainer | None = None
     detector: dict[str, Any] = {}
+    warmup_actions = 0
 
     def measure(stage: str, **options: Any) -> None:
         stages[stage] = evaluate(policy, experiment.task, rows, experiment.budget, config.seed, **options)
         folder.metrics("evaluation", len(stages), {"stage": stage, **stages[stage]})
 
-    with folder.mirrored(config), StopOnInterrupt() as stop:
-        with _keeping(policy, folder):
-            measure("base", tokens=("blocked",))
-            if config.warmup.steps:
-                callbacks: list[TrainerCallback] = [Progress("warm-up", folder), stop]
-                detector = _warm_up(experiment, folder, callbacks)
-                publish(policy, folder)
-                _raise_if(stop.asked)
-            measure("before")
-            if experiment.args.max_steps:  # 0 means no RL here, and other things to transformers
-                trainer = _rl(experiment, folder, stop)
-                trainer.train()
-                publish(policy, folder)
-                _raise_if(stop.asked)
-                measure("after")
+    with folder.mirrored(config), StopOnInterrupt() as stop, _keeping(policy, folder):
+        measure("base", tokens=("blocked",))
+        if config.warmup.steps:
+            callbacks: list[TrainerCallback] = [Progress("warm-up", folder), stop]
+            detector, warmup_actions = _warm_up(experiment, folder, callbacks)
+            publish(policy, folder)
+            _raise_if(stop.asked)
+        measure("before")
+        if experiment.args.max_steps:  # 0 means no RL here, and other things to transformers
+            trainer = _rl(experiment, folder, stop)
+            trainer.train()
+            publish(policy, folder)
+            _raise_if(stop.asked)
+            measure("after")
+        if config.evaluation.controls:
+            folder.examined(examine(policy, experiment.task, rows, experiment.budget, config.seed))
         summary = summarise(stages, trainer, experiment.task.ceiling, time.time() - started)
-        summary["detector"] = detector
+        summary |= {"detector": detector, "warmup_actions": warmup_actions}
         folder.summarise(summary)
         publish(policy, folder)  # again, for its card has the results
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
@@ -105,8 +108,9 @@ def _raise_if(interrupted: bool) -> None:
         raise KeyboardInterrupt
 
 
-def _warm_up(experiment: Experiment, folder: RunFolder, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """Corrections; the delete token's measures as a detector of errors, which metrics.jsonl gets at each refresh."""
+def _warm_up(experiment: Experiment, folder: RunFolder, callbacks: list[TrainerCallback]) -> tuple[dict[str, Any], int]:
+    """Corrections; the delete token's measures as a detector of errors, which metrics.jsonl gets at each refresh, and
+    how many actions were trained on."""
     return warm_up(
         experiment.policy,
         experiment.task,

@@ -1,4 +1,5 @@
-"""Running a sweep: every run checked before the first one starts, then a process for each, then the comparison."""
+"""Running a sweep: the settings of every run checked before the first one starts, then a process for each, then the
+comparison."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from typing import Any
 from tqdm import tqdm
 
 from rl_backspace.config import Config, override, parse, read_yaml
-from rl_backspace.errors import UserError
+from rl_backspace.errors import UserError, one_line
 from rl_backspace.sweep_file import ARGS, Run, Sweep, arguments, names_in, read
+
+LOCK, KEPT = ".lock", "sweep.yaml"
 
 Process = tuple["subprocess.Popen[bytes]", int]
 """A run's process, and where in its log it begins."""
@@ -32,33 +35,40 @@ def run_sweep(
     """Run what is left of a sweep, `jobs` at a time, and compare its runs.
 
     Returns:
-        The exit code: 1 where a run failed, 130 where Ctrl-C ended it.
+        The exit code: 1 where a run or the comparison failed, 130 where Ctrl-C ended it.
 
     Raises:
         UserError: mistakes in the file or in any of its runs, or a folder that holds something else.
     """
+    from rl_backspace.compare import refuse_others
+
     sweep = read(path, count)
     configs = check(sweep)
     folder = out or Path("runs") / _folder_name(sweep)
-    _refuse_folder(folder, sweep)
-    done = _finished(folder, sweep, configs)
+    if not any(os.path.isfile(folder / name) for name in (LOCK, KEPT)):
+        from rl_backspace.folder import refuse_existing
+
+        refuse_existing(folder)
+    refuse_others(folder)
     if dry_run:
+        done = _finished(_places(folder, sweep), sweep, configs)
         print(*(run.id for run in sweep.runs), sep="\n")
         _say(f"# ok: {len(sweep.runs)} runs, {len(done)} of them finished; would write {folder}")
         return 0
-    with _claimed(folder, path) as lock:
-        left = [run for run in sweep.runs if run.id not in done]
+    with _claimed(folder) as lock:
+        places = _places(folder, sweep)
+        left = [run for run in sweep.runs if run.id not in _finished(places, sweep, configs)]
+        _keep(folder, sweep)
         for run in left:
-            _move_aside(folder, run)
+            _move_aside(places[run.id])
         _say(f"{len(left)} of {len(sweep.runs)} runs to do in {folder}; what each prints is in {folder}/<run>.log")
         try:
-            failures = _run_all(sweep, left, folder, jobs, lock)
+            failures = _run_all(sweep, left, places, jobs, lock)
         except KeyboardInterrupt:
-            finished = len(_finished(folder, sweep, configs))
+            finished = sum(_is_finished(place) for place in places.values())
             _say(f"interrupted: {finished} of {len(sweep.runs)} runs finished; the same command does the others")
             return 130
-    _report(folder, sweep, failures)
-    return 1 if failures else 0
+    return _report(folder, places, failures)
 
 
 def check(sweep: Sweep) -> dict[str, Config]:
@@ -71,27 +81,33 @@ def check(sweep: Sweep) -> dict[str, Config]:
         base = read_yaml(Path(sweep.config))
     except UserError as error:
         raise UserError(f"{sweep.path}: command: {error}") from error
-    tasks: dict[str, list[str]] = {}
-    in_file = set(_resolve(base, [], tasks)[1])
-    in_command = set(_resolve(base, sweep.overrides(None), tasks)[1])
+    told: dict[str, list[str]] = {}
+    in_file = set(_resolve(base, [], told)[1])
+    in_command = set(_resolve(base, sweep.overrides(None), told)[1])
     problems: dict[str, str] = {}
     configs: dict[str, Config] = {}
+    alike: dict[str, str] = {}
     for run in sweep.runs:
-        config, lines = _resolve(base, sweep.overrides(run), tasks)
-        if config is not None:
-            configs[run.id] = config
+        changed = [f"{name}: {line}" for name, value in run.values.items() if (line := _changed(value))]
+        problems.update({line: f"{sweep.path}: parameters.{line}" for line in changed})
+        config, lines = _resolve(base, sweep.overrides(run), told) if not changed else (None, [])
         for line in lines:
             its = f"command: {line}" if line in in_command else _blame(line, run)
             problems.setdefault(line, f"{sweep.config}: {line}" if line in in_file else f"{sweep.path}: {its}")
+        if config is not None:
+            configs[run.id] = config
+            if (same := alike.setdefault(config.model_dump_json(), run.id)) != run.id:
+                line = f"{same} and {run.id} come to the same run, whatever their values; take one out"
+                problems.setdefault("alike", f"{sweep.path}: parameters: {line}")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems.values())))
     return configs
 
 
 def _resolve(
-    base: Mapping[str, Any], overrides: list[str], tasks: dict[str, list[str]]
+    base: Mapping[str, Any], overrides: list[str], told: dict[str, list[str]]
 ) -> tuple[Config | None, list[str]]:
-    """A run's config and what is wrong with it. A task is made once, whatever the seed; `tasks` keeps what it said."""
+    """A run's config and what is wrong with it. What many runs share is checked once; `told` keeps what it said."""
     from rl_backspace.experiment import grpo_config, model_of, warmup_config
     from rl_backspace.plugins import load_task
     from rl_backspace.terms import load_terms
@@ -105,23 +121,61 @@ def _resolve(
         except UserError as error:
             lines.extend(str(error).splitlines())
 
+    def once(shared: Any, function: Any, *inputs: Any) -> None:
+        key, before = json.dumps([function.__name__, shared], default=str), len(lines)
+        if key in told:
+            lines.extend(told[key])
+        else:
+            attempt(function, *inputs)
+            told[key] = lines[before:]
+
     attempt(override, content, overrides)
     config = attempt(parse, content) if not lines else None
     if config is None:
         return None, lines
     attempt(load_terms, config.rewards, None, None)
-    attempt(model_of, config)
+    if model := attempt(model_of, config):
+        once(model, _find_model, model)
     attempt(grpo_config, config, None)
     attempt(warmup_config, config, None)
     spec = config.task.model_dump()
-    task = json.dumps(spec, default=str)
-    if task not in tasks:
-        before = len(lines)
-        attempt(load_task, spec, config.seed)
-        tasks[task] = lines[before:]
-    else:
-        lines += tasks[task]
+    once(spec, load_task, spec, config.seed)
+    if config.audit == "strict" and not lines:
+        once(config.model_dump(include={"model", "task", "delete", "rewards"}), _audit, config)
     return config, lines
+
+
+def _find_model(model: str) -> None:
+    """Raises UserError where it is neither a finished run nor anything that can be a base model; loads nothing."""
+    from rl_backspace.folder import RunFolder, is_run
+    from rl_backspace.policy import find_base
+
+    if is_run(Path(model)):
+        RunFolder.open(Path(model))
+    else:
+        find_base(model)
+
+
+def _audit(config: Config) -> None:
+    """Raises UserError as `train` would, of an experiment that is `audit: strict`."""
+    from rl_backspace.audit import heed
+    from rl_backspace.experiment import prepare
+
+    heed(prepare(config, None))
+
+
+def _changed(value: Any) -> str:
+    """What is wrong with a value that is another one on a command line; text may become a number, as 1e-5 does."""
+    content: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # which is told of the run
+        override(content, arguments({"x": value}))
+    read = content.get("x", value)
+    text = isinstance(value, str)
+    if repr(read) == repr(value) or (text and (isinstance(read, float) or value[:1] in ("'", '"'))):
+        return ""
+    quoted = json.dumps(value, ensure_ascii=False).replace("'", "''") if text else ""
+    advice = f"quote it once more, as '{quoted}'" if text else "set it in the experiment file"
+    return f"{value!r} would be read as {read!r} on the run's command line; {advice}"
 
 
 def _blame(line: str, run: Run) -> str:
@@ -145,39 +199,43 @@ def _say(text: str) -> None:
 
 
 def _folder_name(sweep: Sweep) -> str:
-    named = re.sub(r"[^\w.-]+", "-", str(sweep.content.get("name") or "")).strip("-.")
+    named = re.sub(r"[^\w.-]+", "-", sweep.content.get("name") or "").strip("-.")
     return named or sweep.path.stem
 
 
-def _refuse_folder(folder: Path, sweep: Sweep) -> None:
-    """Refuse a folder with anything in it but this sweep, of which there may be more runs now."""
-    from rl_backspace.folder import refuse_existing
+def _places(folder: Path, sweep: Sweep) -> dict[str, Path]:
+    """Each run's folder by id: where it is already, though fewer parameters may have varied then, or will be.
 
-    kept = folder / "sweep.yaml"
-    if not kept.is_file():
-        refuse_existing(folder)
-        return
-    before = read_yaml(kept)
-    changed = [key for key in ("method", "parameters", "command") if before.get(key) != sweep.content.get(key)]
-    if changed:
+    Raises:
+        UserError: the runs that are there are none of these.
+    """
+    from rl_backspace.folder import is_run
+
+    there = {path.name.rpartition("-")[2]: path for path in folder.glob("*") if is_run(path)}
+    if there and there.keys().isdisjoint(run.digest for run in sweep.runs):
         raise UserError(
-            f"{folder}: holds another sweep: its sweep.yaml differs from {sweep.path} in {', '.join(changed)}; "
+            f"{folder}: holds another sweep: none of its {len(there)} runs is in {sweep.path}; "
             "give --out another folder"
         )
+    return {run.id: there.get(run.digest, folder / run.id) for run in sweep.runs}
 
 
-def _finished(folder: Path, sweep: Sweep, configs: Mapping[str, Config]) -> set[str]:
+def _is_finished(place: Path) -> bool:
+    return (place / "summary.json").exists()
+
+
+def _finished(places: Mapping[str, Path], sweep: Sweep, configs: Mapping[str, Config]) -> set[str]:
     """The ids of the runs that are there already.
 
     Raises:
         UserError: one was made with another config, because the experiment file has changed since.
     """
-    done = {run.id for run in sweep.runs if (folder / run.id / "summary.json").exists()}
-    others = [run for run in done if not _is_config(folder / run / "config.yaml", configs[run])]
+    done = {id for id, place in places.items() if _is_finished(place)}
+    others = [str(places[id]) for id in done if not _is_config(places[id] / "config.yaml", configs[id])]
     if others:
         raise UserError(
-            f"{folder}: {len(others)} of the runs in it, such as {min(others)}, were made when {sweep.config} was "
-            "another; give --out another folder"
+            f"{min(others)}: made when {sweep.config} was another, as {len(others)} of the runs there were; "
+            "give --out another folder"
         )
     return done
 
@@ -190,121 +248,164 @@ def _is_config(path: Path, config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, path: Path) -> Iterator[int]:
-    """Make the folder with a copy of the sweep file, and hold its lock: a file descriptor, which the runs inherit, so
-    that it is held for as long as any of them goes on."""
+def _claimed(folder: Path) -> Iterator[int]:
+    """Make the folder and hold its lock: a file descriptor, which the runs inherit, so that it is held for as long as
+    any of them goes on."""
     import fcntl
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "sweep.yaml", "a+b") as stream:
+        with open(folder / LOCK, "ab") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{folder}: runs of this sweep are going on; wait for them, or end them") from error
-            stream.truncate(0)
-            stream.write(path.read_bytes())
-            stream.flush()
             yield stream.fileno()
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; give --out another folder") from error
+        said = error.strerror or error
+        raise UserError(f"{folder}: {said}; mend that to go on with the same command, or give --out another") from error
 
 
-def _move_aside(folder: Path, run: Run) -> None:
+def _keep(folder: Path, sweep: Sweep) -> None:
+    """A copy of the sweep file, unless it is that."""
+    from rl_backspace.folder import atomically
+
+    kept = folder / KEPT
+    if not kept.exists() or kept.read_bytes() != sweep.text:
+        with atomically(kept) as temporary:
+            temporary.write_bytes(sweep.text)
+
+
+def _move_aside(place: Path) -> None:
     """A run that did not finish begins again; what there is of it is kept."""
-    if not (folder / run.id).exists():
+    if not place.exists():
         return
-    aside = folder / "unfinished"
+    aside = place.parent / "unfinished"
     aside.mkdir(exist_ok=True)
-    target = next(new for i in itertools.count(1) if not (new := aside / f"{run.id}.{i}").exists())
-    (folder / run.id).rename(target)
-    _say(f"{folder / run.id}: did not finish before; moved to {target}, to run again")
+    target = next(new for i in itertools.count(1) if not (new := aside / f"{place.name}.{i}").exists())
+    place.rename(target)
+    _say(f"{place}: did not finish before; moved to {target}, to run again")
 
 
-def _run_all(sweep: Sweep, left: list[Run], folder: Path, jobs: int, lock: int) -> dict[str, str]:
+def _run_all(sweep: Sweep, left: list[Run], places: Mapping[str, Path], jobs: int, lock: int) -> dict[str, str]:
     """Run them; what each that failed said last, by id. Whatever ends this early ends the runs, which save."""
     waiting, failures = list(left), {}
     running: dict[str, Process] = {}
-    environment = {"WANDB_RUN_GROUP": folder.name, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}), **os.environ}
-    bar = tqdm(total=len(sweep.runs), initial=len(sweep.runs) - len(left), desc="sweep", unit="run", dynamic_ncols=True)
-    with _ended_as_by_ctrl_c():
+    bar = tqdm(total=len(places), initial=len(places) - len(left), desc="sweep", unit="run", dynamic_ncols=True)
+    with _counted() as asked:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run.id] = _start(sweep.command(run, folder / run.id), folder, run, environment, lock)
+                    try:
+                        running[run.id] = _start(sweep.command(run, places[run.id]), places[run.id], jobs, lock)
+                    except UserError as error:
+                        failures[run.id] = str(error)
+                        bar.update()
                 time.sleep(0.05)
                 for id in [id for id, (process, _) in running.items() if process.poll() is not None]:
                     process, start = running.pop(id)
-                    if not (folder / id / "summary.json").exists():
-                        failures[id] = _last_words(folder / f"{id}.log", start, process.returncode)
+                    if not _is_finished(places[id]):
+                        failures[id] = _last_words(_log(places[id]), start, process.returncode)
                         bar.set_postfix(failed=len(failures), refresh=False)
                     bar.update()
+                if asked:
+                    raise KeyboardInterrupt
         finally:
             bar.close()
-            _end([process for process, _ in running.values()])
+            _end([process for process, _ in running.values()], asked)
     return failures
 
 
 @contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Where SIGTERM, or SIGHUP unless it is ignored, would end this process, they are a KeyboardInterrupt."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+def _counted() -> Iterator[list[int]]:
+    """The signals that asked this process to end, which only add to this list meanwhile: one that came while a run is
+    started would leave that run alone. What is ignored stays so."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: asked.append(number))
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _start(command: list[str], folder: Path, run: Run, environment: Mapping[str, str], lock: int) -> Process:
-    with open(folder / f"{run.id}.log", "ab") as log:
+def _log(place: Path) -> Path:
+    return place.with_name(f"{place.name}.log")
+
+
+def _start(command: list[str], place: Path, jobs: int, lock: int) -> Process:
+    """Raises UserError where the command cannot be started."""
+    with open(_log(place), "ab") as log:
         start = log.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=[lock],
-            start_new_session=True,  # a Ctrl-C in the terminal reaches it once, from here
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={
+                    "WANDB_RUN_GROUP": place.parent.name,
+                    **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}),
+                    **os.environ,
+                },
+                pass_fds=[lock],
+                start_new_session=True,  # a Ctrl-C in the terminal reaches it once, from here
+            )
+        except OSError as error:
+            raise UserError(one_line(error)) from error
     return process, start
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End runs as Ctrl-C does, after their current step; the second one ends them at once and the third kills them."""
-    for how in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+def _end(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> None:
+    """End runs after their current step; when asked again, end them at once, and then kill them.
+
+    By SIGTERM, which does as Ctrl-C does and is not ignored where the sweep was started in the background.
+    """
+    for how in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        before = len(asked)
         for process in processes:
             process.send_signal(how)
-        with contextlib.suppress(KeyboardInterrupt):
-            for process in processes:
-                process.wait()
-            return
+        while len(asked) == before or how == signal.SIGKILL:
+            if all(process.poll() is not None for process in processes):
+                return
+            time.sleep(0.05)
 
 
 def _last_words(log: Path, start: int, code: int) -> str:
-    """The last error that a run printed, or else its last line."""
+    """The last error that a run printed, or else its last line; a run without one gets it, if the disk has room.
+
+    Raises:
+        OSError: it has none, which may be why the run failed and would fail all others.
+    """
     with open(log, "rb") as stream:
         stream.seek(start)
         lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        lines = [f"ended with exit code {code} and no word"]
+        with open(log, "a") as stream:
+            stream.write(f"{lines[0]}\n")
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"ended with exit code {code} and no word"])[-1]
+    return (errors or lines)[-1]
 
 
-def _report(folder: Path, sweep: Sweep, failures: Mapping[str, str]) -> None:
-    """The comparison of the runs that finished, and what the others said, once for all that said the same."""
-    finished = [folder / run.id for run in sweep.runs if run.id not in failures]
-    if finished:
-        from rl_backspace.compare import compare
+def _report(folder: Path, places: Mapping[str, Path], failures: Mapping[str, str]) -> int:
+    """What the runs that failed said, once for all that said the same, and the comparison of the others."""
+    from rl_backspace.compare import compare
 
-        compare(finished, out=folder)
     groups: dict[str, list[str]] = {}
     for id, said in failures.items():
         groups.setdefault(said.replace(id, "<run>"), []).append(id)
     for said, ids in groups.items():
         others = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
-        _say(f"failed: {ids[0]}{others}: {said} (see {folder / ids[0]}.log)")
+        _say(f"failed: {ids[0]}{others}: {said} (see {_log(places[ids[0]])})")
+    try:
+        if finished := [place for id, place in places.items() if id not in failures]:
+            compare(finished, out=folder)
+    except (UserError, OSError) as error:
+        _say(f"error: {error}\nthe runs are kept; once that is mended: rl-backspace compare {folder}")
+        return 1
+    return 1 if failures else 0

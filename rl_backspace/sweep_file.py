@@ -17,15 +17,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field, ValidationInfo, field_validator
 
 from rl_backspace.compare import short, short_names
-from rl_backspace.config import read_yaml
+from rl_backspace.config import PlainLoader, PositiveInt, Share, Strict, read_yaml, validate
 from rl_backspace.errors import UserError, nearest
 
-KEYS = ("method", "parameters", "command", "run_cap", "metric", "program", "name", "description", "project", "entity")
 SERVER = {
     "early_terminate": "wandb's server decides which runs to end early",
     "scheduler": "its engine needs wandb's server",
@@ -34,61 +33,139 @@ EXAMPLE = '["${env}", rl-backspace, train, experiments/arith.yaml, "${args}"]'
 ARGS = {"${args}": "--", "${args_no_hyphens}": ""}  # what stands before name=value
 MOST_RUNS = 10_000
 
-FIELDS: dict[str, tuple[str, ...]] = {
-    "constant": ("value",),
-    "categorical": ("values",),
-    "categorical_w_probabilities": ("values", "probabilities"),
-    "int_uniform": ("min", "max"),
-    "uniform": ("min", "max"),
-    "q_uniform": ("min", "max", "q"),
-    "log_uniform_values": ("min", "max"),
-    "normal": ("mu", "sigma"),
-}
-"""Those of wandb's distributions that are known here, and what each takes."""
-DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
-IN_A_GRID = ("constant", "categorical", "int_uniform")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter, a key of the experiment file, and how it is chosen."""
+class File(Strict):
+    """The keys of a sweep file."""
 
-    name: str
-    kind: str
-    spec: Mapping[str, Any]
+    method: Literal["grid", "random"]
+    parameters: dict[Any, Any] = Field(min_length=1)
+    command: Any = None
+    run_cap: PositiveInt | None = None
+    name: str | None = None
+    program: Any = None
+    metric: Any = None
+    description: Any = None
+    project: Any = None
+    entity: Any = None
+
+
+class Distribution(Strict):
+    """How a parameter is chosen, drawn as wandb's own search draws it."""
+
+    distribution: str | None = None
 
     def choices(self) -> Sequence[Any] | None:
         """Every value that there is, or None where there is no end of them."""
-        if self.kind == "constant":
-            return [self.spec["value"]]
-        if self.kind == "int_uniform":
-            return range(self.spec["min"], self.spec["max"] + 1)
-        return self.spec.get("values")
+        return None
 
     def draw(self, generator: random.Random) -> Any:
-        """A value, as wandb's own search draws it; with `q` the nearest multiple of it."""
-        spec = {**DEFAULTS, **self.spec}
-        match self.kind:
-            case "constant":
-                return spec["value"]
-            case "categorical" | "categorical_w_probabilities":
-                return generator.choices(spec["values"], spec.get("probabilities"))[0]
-            case "int_uniform":
-                return generator.randint(spec["min"], spec["max"])
-            case "log_uniform_values":
-                return math.exp(generator.uniform(math.log(spec["min"]), math.log(spec["max"])))
-            case "normal":
-                return generator.normalvariate(spec["mu"], spec["sigma"])
-            case _:
-                drawn = generator.uniform(spec["min"], spec["max"])
-                return round(drawn / spec["q"]) * spec["q"] if self.kind == "q_uniform" else drawn
+        return generator.choice(self.choices() or ())
+
+
+class Constant(Distribution):
+    value: Any
+
+    def choices(self) -> Sequence[Any]:
+        return [self.value]
+
+
+class Categorical(Distribution):
+    values: list[Any] = Field(min_length=1)
+
+    def choices(self) -> Sequence[Any]:
+        return self.values
+
+    def draw(self, generator: random.Random) -> Any:
+        return generator.choices(self.values)[0]
+
+
+class Weighted(Categorical):
+    probabilities: list[Share]
+
+    @field_validator("probabilities")
+    @classmethod
+    def _one_each(cls, shares: list[float], info: ValidationInfo) -> list[float]:
+        count = len(info.data.get("values", shares))
+        if len(shares) != count or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise ValueError(f"{count} numbers that sum to 1, one for each value")
+        return shares
+
+    def draw(self, generator: random.Random) -> Any:
+        return generator.choices(self.values, self.probabilities)[0]
+
+
+class Uniform(Distribution):
+    min: Finite
+    max: Finite
+
+    @field_validator("max")
+    @classmethod
+    def _above(cls, most: float, info: ValidationInfo) -> float:
+        if most <= info.data.get("min", -math.inf):
+            raise ValueError(f"a number above {info.data['min']}")
+        return most
+
+    def draw(self, generator: random.Random) -> Any:
+        return generator.uniform(self.min, self.max)
+
+
+class IntUniform(Uniform):
+    min: int
+    max: int
+
+    def choices(self) -> Sequence[int]:
+        return range(self.min, self.max + 1)
+
+    def draw(self, generator: random.Random) -> Any:
+        return generator.randint(self.min, self.max)
+
+
+class QUniform(Uniform):
+    q: Annotated[int, Field(gt=0, lt=2**53)] | Positive = 1.0
+
+    def draw(self, generator: random.Random) -> Any:
+        multiple = super().draw(generator) / self.q
+        return round(multiple) * self.q if math.isfinite(multiple) else multiple
+
+
+class LogUniform(Uniform):
+    min: Positive
+
+    def draw(self, generator: random.Random) -> Any:
+        return math.exp(generator.uniform(math.log(self.min), math.log(self.max)))
+
+
+class Normal(Distribution):
+    mu: Finite = 0.0
+    sigma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    def draw(self, generator: random.Random) -> Any:
+        return generator.normalvariate(self.mu, self.sigma)
+
+
+KINDS: dict[str, type[Distribution]] = {
+    "constant": Constant,
+    "categorical": Categorical,
+    "categorical_w_probabilities": Weighted,
+    "int_uniform": IntUniform,
+    "uniform": Uniform,
+    "q_uniform": QUniform,
+    "log_uniform_values": LogUniform,
+    "normal": Normal,
+}
+"""Those of wandb's distributions that are known here."""
+IN_A_GRID = (Constant, Categorical, IntUniform)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the folder's name and the values by parameter."""
+    """One run: the folder's name, a digest of the values that ends it, and the values by parameter."""
 
     id: str
+    digest: str
     values: dict[str, Any]
 
 
@@ -97,11 +174,13 @@ class Sweep:
     """A sweep file, read.
 
     Attributes:
+        text: what was read.
         words: its command; what is in `ARGS` stands for the values.
         config: the experiment file in it.
     """
 
     path: Path
+    text: bytes
     content: dict[str, Any]
     words: list[str]
     config: str
@@ -134,134 +213,82 @@ def read(path: Path, count: int | None = None) -> Sweep:
     Raises:
         UserError: a line for each mistake in the file.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; give a sweep file in wandb's format")
-    content = read_yaml(path, yaml.SafeLoader)  # as wandb reads it, to which 1e-5 is text and 1.0e-5 a number
+    content = read_yaml(path, PlainLoader)  # to wandb 1e-5 is text and 1.0e-5 a number
+    text = path.read_bytes()
     problems: list[str] = []
-    _check_keys(content, count, problems)
-    parameters = _parameters(content.get("parameters"), content.get("method"), problems)
-    words = _words(content, problems)
-    config = _experiment(words, problems)
-    chosen: list[dict[str, Any]] = []
-    if not problems:
-        chosen = _choose(content, parameters, count, problems)
+    try:
+        _check_keys(content, count, problems)
+        parameters = _parameters(content.get("parameters"), content.get("method"), problems)
+        words = _words(content, problems)
+        config = _experiment(words, problems)
+        chosen = _choose(content, parameters, count, problems) if not problems else []
+        runs = _runs(parameters, chosen)
+    except RecursionError:
+        problems = ["a value holds itself; write it out"]
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return Sweep(path, content, words, config, _runs(parameters, chosen))
+    return Sweep(path, text, content, words, config, runs)
 
 
 def _check_keys(content: Mapping[str, Any], count: int | None, problems: list[str]) -> None:
-    for key in content:
-        if key in SERVER:
-            problems.append(f"{key}: {SERVER[key]}; take it out, or use `wandb sweep` and `wandb agent`")
-        elif key not in KEYS:
-            problems.append(f"{key}: unknown key{nearest(key, KEYS)}; known here: {', '.join(KEYS)}")
-    method, cap = content.get("method"), content.get("run_cap")
-    if method == "bayes":
+    known = {key: value for key, value in content.items() if key not in SERVER}
+    problems += [
+        f"{key}: {SERVER[key]}; take it out, or use `wandb sweep` and `wandb agent`" for key in content if key in SERVER
+    ]
+    if known.get("method") == "bayes":
         problems.append("method: bayes needs wandb's server, which chooses by earlier results; set grid or random")
-    elif method not in ("grid", "random"):
-        problems.append(f"method: expected grid or random; got {method!r}")
-    if cap is not None and (type(cap) is not int or cap < 1):
-        problems.append(f"run_cap: expected a number of runs; got {cap!r}")
-    elif method == "random" and cap is None and count is None:
+        known["method"] = "grid"
+    validate(File, known, problems)
+    if content.get("method") == "random" and content.get("run_cap") is None and count is None:
         problems.append("run_cap: missing; a random sweep has no end of its own: add it, or give --count")
 
 
-def _parameters(block: Any, method: Any, problems: list[str]) -> list[Parameter]:
-    """The parameters in the file's order."""
-    if not isinstance(block, dict) or not block:
-        problems.append(f"parameters: expected some by name, such as seed: {{values: [0, 1, 2]}}; got {block!r}")
-        return []
-    found = []
-    for name, spec in block.items():
-        wrong = []
+def _parameters(block: Any, method: Any, problems: list[str]) -> dict[str, Distribution]:
+    """How each parameter is chosen, in the file's order."""
+    found: dict[str, Distribution] = {}
+    for name, spec in block.items() if isinstance(block, dict) else ():
+        wrong: list[str] = []
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
-            wrong = ["wandb takes names of letters, digits, '.', '_' and '-' only"]
+            wrong = [": wandb takes names of letters, digits, '.', '_' and '-' only"]
         elif isinstance(spec, dict) and "parameters" in spec:
-            wrong = [f"nested parameters would replace the whole block; write {name}.{_first(spec['parameters'])}"]
-        else:
-            kind, wrong = _kind(spec)
-            wrong = wrong or _spec_problems(kind, spec)
-            if not wrong and method == "grid" and kind not in IN_A_GRID:
-                wrong = [f"a grid cannot have {kind}; give value or values, or set method: random"]
-            if not wrong:
-                found.append(Parameter(name, kind, spec))
-        problems += [f"parameters.{name}: {problem}" for problem in wrong]
-    names = sorted(names_in(parameter.name) for parameter in found)
-    problems += [
-        f"parameters.{'.'.join(outer)} and parameters.{'.'.join(inner)} set the same thing; take one of them out"
-        for outer, inner in itertools.combinations(names, 2)
-        if inner[: len(outer)] == outer
-    ]
+            key = next(iter(nested), "key") if isinstance(nested := spec["parameters"], dict) else "key"
+            wrong = [f": nested parameters would replace the whole block; write {name}.{key}"]
+        elif (kind := _kind(spec)) not in list(KINDS):  # a list, for it may be anything
+            known = f"value, values, min and max alike whole or not, or a distribution of {', '.join(KINDS)}"
+            wrong = [f": expected {known}; got {spec!r}{nearest(kind, KINDS)}"]
+        elif distribution := validate(KINDS[kind], spec, wrong):
+            found[name] = distribution
+            if method == "grid" and not isinstance(distribution, IN_A_GRID):
+                wrong = [f": a grid cannot have {kind}; give value or values, or set method: random"]
+        problems += [f"parameters.{name}{'' if line[0] == ':' else '.'}{line}{_point(line)}" for line in wrong]
+    for outer, inner in itertools.pairwise(sorted(map(names_in, found))):
+        if inner[: len(outer)] == outer:
+            problems.append(f"parameters.{'.'.join(outer)} and parameters.{'.'.join(inner)} set the same thing")
+            problems[-1] += "; take one of them out"
     return found
 
 
-def _first(block: Any) -> str:
-    return str(next(iter(block), "key")) if isinstance(block, dict) else "key"
+def _point(line: str) -> str:
+    """What to add to a line about text that would be a number elsewhere."""
+    number = re.search(r"got '[-+]?\d+[eE][-+]?\d+' \(str\)$", line)
+    return "; to wandb a number has a point and a sign in it, such as 1.0e-5" if number else ""
 
 
-def _kind(spec: Any) -> tuple[str, list[str]]:
-    """The distribution's name, inferred as wandb does where none is given, and what is wrong with it."""
+def _kind(spec: Any) -> Any:
+    """The distribution's name, inferred as wandb does where there is none."""
     if not isinstance(spec, dict):
-        return "", [f"expected value, values, or a distribution with what it takes; got {spec!r}"]
-    kind = spec.get("distribution")
-    if kind is None and "value" in spec:
-        kind = "constant"
-    elif kind is None and "values" in spec:
-        kind = "categorical_w_probabilities" if "probabilities" in spec else "categorical"
-    elif kind is None and {"min", "max"} <= set(spec):
-        types = {type(spec["min"]), type(spec["max"])}
-        kind = "int_uniform" if types == {int} else "uniform" if types == {float} else None
-        if kind is None:
-            return "", ["give min and max both as whole numbers or both with a decimal point, or name a distribution"]
-    if kind not in FIELDS:
-        what = (
-            "no value, values or distribution" if kind is None else f"no distribution {kind!r}{nearest(kind, FIELDS)}"
-        )
-        return "", [f"{what}; there are {', '.join(FIELDS)}"]
-    return kind, []
-
-
-def _spec_problems(kind: str, spec: Mapping[str, Any]) -> list[str]:
-    takes = FIELDS[kind]
-    problems = [
-        f"{key} is not for {kind}, which takes {', '.join(takes)}{nearest(key, takes)}"
-        for key in spec
-        if key not in (*takes, "distribution")
-    ]
-    problems += [f"{key} is missing; {kind} needs it" for key in takes if key not in spec and key not in DEFAULTS]
-    numbers = {key: spec[key] for key in takes if key in spec and key not in ("value", "values", "probabilities")}
-    for key, number in numbers.items():
-        expected = "a whole number" if kind == "int_uniform" else "a number"
-        if type(number) not in ((int,) if kind == "int_uniform" else (int, float)) or not math.isfinite(number):
-            text = isinstance(number, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", number)
-            advice = "; to wandb a number has a point and a sign in it, such as 1.0e-5" if text else ""
-            problems.append(f"{key}: expected {expected}; got {number!r}{advice}")
-    if problems:
-        return problems
-    if "values" in takes:
-        return _values_problems(spec)
-    if "min" in takes and spec["min"] >= spec["max"]:
-        problems.append(f"min {spec['min']} is not below max {spec['max']}")
-    elif kind == "log_uniform_values" and spec["min"] <= 0:
-        problems.append(f"min: expected a number above 0; got {spec['min']}")
-    if numbers.get("q", 1) <= 0:
-        problems.append(f"q: expected a number above 0; got {numbers['q']}")
-    if numbers.get("sigma", 0) < 0:
-        problems.append(f"sigma: expected 0 or more; got {numbers['sigma']}")
-    return problems
-
-
-def _values_problems(spec: Mapping[str, Any]) -> list[str]:
-    values, shares = spec["values"], spec.get("probabilities")
-    if not isinstance(values, list) or not values:
-        return [f"values: expected a list of them; got {values!r}"]
-    if shares is None:
-        return []
-    fine = isinstance(shares, list) and all(type(share) in (int, float) and share >= 0 for share in shares)
-    if not fine or len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        return [f"probabilities: expected {len(values)} numbers that sum to 1, one for each value; got {shares!r}"]
-    return []
+        return None
+    ends = [type(spec.get(end)) for end in ("min", "max")]
+    fits = {
+        "constant": "value" in spec,
+        "categorical_w_probabilities": {"values", "probabilities"} <= spec.keys(),
+        "categorical": "values" in spec,
+        "int_uniform": ends == [int, int],
+        "uniform": ends == [float, float],
+    }
+    return spec.get("distribution") or next((kind for kind, it_does in fits.items() if it_does), None)
 
 
 def names_in(key: str) -> tuple[str, ...]:
@@ -312,34 +339,33 @@ def _experiment(words: list[str], problems: list[str]) -> str:
 
 
 def _choose(
-    content: Mapping[str, Any], parameters: list[Parameter], count: int | None, problems: list[str]
+    content: Mapping[str, Any], parameters: Mapping[str, Distribution], count: int | None, problems: list[str]
 ) -> list[dict[str, Any]]:
     """The values of each run, by name. The n-th draw of a random sweep depends on its parameters and n alone."""
     cap = min(cap for cap in (content.get("run_cap"), count, MOST_RUNS + 1) if cap is not None)
     rows: Iterable[Iterable[Any]]
-    names = [parameter.name for parameter in parameters]
     if content["method"] == "grid":
-        columns = [p.choices() or () for p in parameters]
-        if max(map(len, columns)) > MOST_RUNS:
-            cap, columns = MOST_RUNS + 1, [range(MOST_RUNS + 1)] * len(columns)
+        columns = [itertools.islice(its.choices() or (), cap) for its in parameters.values()]
         rows = itertools.islice(itertools.product(*columns), cap)
     else:
         sweep = _digest(content["parameters"])
-        rows = ([p.draw(random.Random(f"{sweep} {p.name} {i}")) for p in parameters] for i in range(cap))
-    chosen = {tuple(arguments(values)): values for row in rows for values in [dict(zip(names, row, strict=True))]}
+        draws = parameters.items()
+        rows = ([its.draw(random.Random(f"{sweep} {name} {i}")) for name, its in draws] for i in range(cap))
+    chosen = {tuple(arguments(values)): values for row in rows for values in [dict(zip(parameters, row, strict=True))]}
     if len(chosen) > MOST_RUNS:
         problems.append(f"parameters: more than {MOST_RUNS} runs; set run_cap, or give --count")
     return list(chosen.values())
 
 
-def _runs(parameters: list[Parameter], chosen: list[dict[str, Any]]) -> list[Run]:
+def _runs(parameters: Mapping[str, Distribution], chosen: list[dict[str, Any]]) -> list[Run]:
     """Runs with ids that say what varies; a digest of all values keeps them apart."""
-    varied = {p.name for p in parameters if len(p.choices() or (0, 0)) > 1}
+    varied = {name for name, its in parameters.items() if (choices := its.choices()) is None or choices[1:2]}
     names = short_names(varied)
     runs = []
     for values in chosen:
         told = ",".join(f"{names[name]}={_plain(short(value))}" for name, value in values.items() if name in varied)
-        runs.append(Run(f"{told[:80]}{'-' * bool(told)}{_digest(values)}", values))
+        digest = _digest(values)
+        runs.append(Run(f"{told[:80]}{'-' * bool(told)}{digest}", digest, values))
     return runs
 
 

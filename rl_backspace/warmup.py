@@ -209,8 +209,9 @@ def warm_up(
     args: TrainingArguments,
     callbacks: list[TrainerCallback],
     on_diagnosis: Callable[[int, dict[str, Any]], None] = lambda step, found: None,
-) -> dict[str, Any]:
-    """Train `policy.model` in place for `args.max_steps` steps; the delete token's measures as a detector afterwards.
+) -> tuple[dict[str, Any], int]:
+    """Train `policy.model` in place for `args.max_steps` steps; the delete token's measures as a detector afterwards,
+    and how many actions were trained on.
 
     Args:
         on_diagnosis: told of the same measures (`detector.diagnose`) at each refresh, with the step. They are empty
@@ -234,7 +235,7 @@ def warm_up(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     if trainer.state.global_step < args.max_steps:  # interrupted: what was learned is to be saved now
-        return {}
+        return {}, trainer.actions
     found = diagnose(measurer, examiner, task.test[: 2 * HELD_OUT], args.seed)
     on_diagnosis(trainer.state.global_step, found)
-    return found
+    return found, trainer.actions

@@ -7,9 +7,12 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from commands import Result
 from commands import call as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from rl_backspace.compare import PICTURE, Estimate, differences, group, is_apart, load, short_names
 from rl_backspace.config import dump, override, parse
@@ -159,7 +163,7 @@ def test_groups_are_what_differs_in_the_seed_alone(
     labels = [one.label for one in groups]
     assert len(set(labels)) == len(labels)
     if len(groups) == 1:
-        assert labels == [groups[0].runs[0].config["name"]]
+        assert labels == [groups[0].runs[0].name]
     for one in groups:
         assert [run.seed for run in one.runs] == sorted({run.seed for run in one.runs})
 
@@ -190,8 +194,37 @@ def test_more_settings_than_can_be_read_leave_the_folders_names(here: Path) -> N
     result = call("plain-0", "plain-1", "another-0", "another-1")
     assert {row["label"] for row in table("compare/compare.csv")} == {"plain", "another"}
     assert "rows have their folders' names" in " ".join(result.out.split())
+    for name, seed in itertools.product(("grpo", "ppo"), (0, 1)):
+        keys = ("count", "low", "high", "train", "test", "other", "another", "yet_another")
+        digest = f"{len(name)}{seed}cafe89"
+        make(f"s/seed={seed},algorithm={name}-{digest}", [f"seed={seed}", *(f"task.{k}={len(name)}" for k in keys)])
+    assert {one.label for one in group(load([Path("s")])[0])} == {"algorithm=grpo", "algorithm=ppo"}
     (row,) = [row for row in table("compare/compare.csv") if row["label"] == "plain"]
     assert row["task.count"] == "10"
+
+
+def test_what_cannot_matter_does_not_split_seeds(here: Path) -> None:
+    for seed, key in enumerate(("audit=skip", "trainer.logging_steps=5", "warmup.trainer.save_steps=7", "name=x")):
+        make(f"runs/{seed}", [f"seed={seed}", key, f"model=runs/warm-{seed}"])
+    make("runs/4", ["seed=4", "model=runs/warm-{seed}"])
+    make("runs/5", ["seed=4", "model=runs/warm-4"])
+    result = call("runs")
+    assert [row["seeds"] for row in table("runs/compare.csv")] == ["0 1 2 3 4"]
+    assert result.err == "skipped runs/5: the same config and seed as runs/4, so no run of its own\n"
+    for seed in (1, 2):
+        make(f"named/{seed}", [f"seed={seed}", "model=gpt-2"])
+    assert [one.seed for one in group(load([Path("named")])[0])[0].runs] == [1, 2]  # the 2 in it is no seed
+
+
+def test_values_of_two_types_are_two_settings(here: Path) -> None:
+    for index, cost in enumerate(("1", "1.0", "true", "'1'")):
+        make(f"runs/{index}", [f"rewards.delete_cost.kwargs.cost={cost}"])
+    assert sorted(one.label for one in group(load([Path("runs")])[0])) == [
+        "cost='1'",
+        "cost=1",
+        "cost=1.0",
+        "cost=True",
+    ]
 
 
 @given(st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4).map(".".join), unique=True, min_size=1))
@@ -260,6 +293,23 @@ def test_rewards_are_the_mean_of_the_last_tenth(steps: int, last: int, here: Pat
     assert float(row["reward.correct.mean"]) == pytest.approx(np.mean(rewards[-last:]))
 
 
+def test_a_run_that_diverged_is_shown_and_last(here: Path) -> None:
+    nan = math.nan
+    make("runs/a", rewards=[0.9] * 50 + [nan] * 50)
+    make("runs/b", ["warmup.steps=2"], rewards=[0.1] * 100)
+    make("runs/c", ["warmup.steps=3"], rewards=[0.2] * 100)
+    with open("runs/c/metrics.jsonl", "a") as stream:  # a term that stopped half way
+        stream.write("".join(f'{{"phase": "rl", "step": {step}, "reward": 0.2}}\n' for step in range(101, 201)))
+    result = call("runs", "--sort", "reward")
+    rows = table("runs/compare.csv")
+    assert [row["warmup.steps"] for row in rows] == ["3", "2", "1000"] and rows[2]["reward.mean"] == "nan"
+    assert rows[0]["reward.mean"] == pytest.approx("0.2") and rows[0]["reward.correct.mean"] == "nan"
+    assert re.search(r"steps=1000 +│ +1 │ +nan │", result.out)
+    assert [row["warmup.steps"] for row in table("runs/compare.csv")][-1] == "1000"
+    assert call("runs", "--sort=-reward").code == 0
+    assert [row["warmup.steps"] for row in table("runs/compare.csv")] == ["2", "3", "1000"]
+
+
 def test_the_last_stage_is_compared(here: Path) -> None:
     make("runs/warm", ["trainer.max_steps=0"], stage="before", accuracy=0.9)
     make("runs/rl", rewards=[0.1] * 5, accuracy=0.4)
@@ -301,6 +351,8 @@ def test_the_order_is_that_of_any_column(here: Path) -> None:
 
     assert order() == "4231" == order("--sort", "blocked.greedy")
     assert order("--sort", "deletes.sampled") == "1324"
+    assert order("--sort=-deletes.sampled") == "2431" and order("--sort=-reward") == "1234"
+    assert order("--sort", "seeds") == "1234"
     assert order("--sort", "reward") == order("--sort", "reward.delete_cost") == "3214"  # none is last
     before = tree(here)
     result = call("runs", "--sort", "acuracy.sampled")
@@ -328,10 +380,45 @@ def test_rows_apart_from_the_best_are_marked(here: Path) -> None:
     marked = [line.split()[1] for line in result.out.splitlines() if re.search(r"± [\d.]+ \*", line)]
     assert marked == ["model=far"]
     assert "* accuracy.sampled does not overlap the interval of the first row" in " ".join(result.out.split())
-    shutil.rmtree("runs/far0")
-    shutil.rmtree("runs/far1")
-    shutil.rmtree("runs/far2")
-    assert "*" not in call("runs").out
+    for seed in (0, 1):
+        shutil.rmtree(f"runs/far{seed}")
+    assert "*" not in call("runs").out  # one seed tells nothing of others
+
+
+def test_ranks_and_marks_are_among_one_task_and_stage(here: Path) -> None:
+    for name, accuracy, stage, keys in (
+        ("easy", 0.9, "after", ["task.count=3"]),
+        ("hard", 0.3, "after", ["task.count=7"]),
+        ("better", 0.5, "after", ["task.count=7", "warmup.steps=2", "task.train=90"]),
+        ("warm", 0.1, "before", ["task.count=3", "trainer.max_steps=0"]),
+    ):
+        for seed in range(3):
+            its = accuracy + 0.005 * seed
+            make(f"runs/{name}{seed}", [f"seed={seed}", *keys], accuracy=its, stage=stage, rewards=[its] * 5)
+    result = call("runs")
+    assert [float(row["accuracy.sampled.mean"]) for row in table("runs/compare.csv")] == pytest.approx(
+        [0.505, 0.305, 0.905, 0.105]
+    )
+    titles = [line.strip() for line in result.out.splitlines() if "accuracy on held-out" in line]
+    assert [title.partition(": accuracy")[0] for title in titles] == [
+        "{count: 7, fn: signs, train: 90}",
+        "{count: 3, fn: signs}",
+    ]
+    marked = [line for line in result.out.splitlines() if re.search(r"± [\d.]+ \*", line)]
+    assert len(marked) == 1 and "count=7" in marked[0]  # `hard`, which is below `better`
+
+
+@pytest.mark.parametrize("width", [20, 80, 1000])
+def test_numbers_are_whole_in_a_narrow_terminal(width: int, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes it one
+    monkeypatch.setenv("COLUMNS", str(width))
+    for seed in range(3):
+        keys = [f"seed={seed}", "rewards.a_long_name_of_a_reward={fn: 'correctness:exact'}"]
+        make(f"runs/{seed}", keys, 0.5 + 0.01 * seed, rewards=[0.1] * 5, terms=("correct", "a_long_name_of_a_reward"))
+    out = re.sub(r"\x1b\[[\d;]*m", "", call("runs").out)
+    for text in ("51.0 ± 2.5", "31.0 ± 2.5", "1.00 ± 0.00", "0.100 ± 0.000", "a_long_name_of_a_reward", "seeds"):
+        assert text in out
+    assert "…" not in out
 
 
 # folders
@@ -353,11 +440,68 @@ def test_what_did_not_finish_is_skipped(here: Path) -> None:
     (row,) = table("runs/compare.csv")
     assert row["seeds"] == "0"
     assert call("runs/good", "runs/good", "--out", "twice").err == ""
+    shutil.rmtree("runs/twin")
+    make("runs/twin", accuracy=0.75)
+    told = "the same config and seed as runs/good, but with other results: accuracy.sampled is 0.75 and there 0.5"
+    assert told in call("runs").err
     for path in ("runs/cut", "runs/notes", "nowhere", "runs/good/config.yaml"):
         before = tree(here)
         result = call(path)
         assert result.code == 2 and len(result.errors) == 1 and path in result.errors[0]
         assert "Traceback" not in result.err and tree(here) == before
+
+
+ODD_RUNS: dict[str, tuple[str, str]] = {  # the file and what it is then
+    "no accuracy": ("summary.json", '{"accuracy": {"after": {"allowed": {"sampled": NaN}}}}'),
+    "no end": (
+        "summary.json",
+        '{"accuracy": {"after": {}}, "deletes_per_answer": {"after": {"allowed": {"greedy": Infinity}}}}',
+    ),
+    "a list": ("summary.json", "[1]"),
+    "no seed": ("config.yaml", "{seed: null, task: {fn: signs}}"),
+    "no task": ("config.yaml", "{seed: 1}"),
+    "keys of two types": ("config.yaml", "{task: {fn: signs, 3: 4, x: 5}}"),
+    "no numbers": ("metrics.jsonl", '{"reward": "much", "step": 1}\n'),
+    "no step": ("metrics.jsonl", '{"reward": 1.0}\n'),
+    "null": ("metrics.jsonl", "null\n"),
+}
+
+
+@pytest.mark.parametrize(("file", "text"), ODD_RUNS.values(), ids=ODD_RUNS)
+def test_an_odd_run_is_skipped(file: str, text: str, here: Path) -> None:
+    make("runs/good")
+    make("runs/odd", ["seed=1"], rewards=[0.1])
+    Path("runs/odd", file).write_text(text)
+    result = call("runs")
+    assert result.code == 0 and re.fullmatch(r"skipped runs/odd: not what `train` writes \(.+\)\n", result.err)
+    assert [row["seeds"] for row in table("runs/compare.csv")] == ["0"]
+
+
+def test_what_the_system_refuses_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("runs/a")
+    for arguments in (["a" * 300], ["runs", "--out", "a" * 300]):
+        result = call(*arguments)
+        assert result.code == 2 and len(result.errors) == 1 and "File name too long" in result.errors[0]
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rl_backspace.compare.load", interrupted)
+    result = call("runs")
+    assert (result.code, result.err) == (130, "interrupted\n")
+
+
+def test_output_that_cannot_be_written_leaves_the_files(here: Path) -> None:
+    make("runs/a")
+    make("runs/b", ["seed=1"], accuracy=0.6)
+    command = [sys.executable, "-m", "rl_backspace", "compare", "runs"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr == "error: OSError: [Errno 28] No space left on device\n"
+    assert {path.name for path in Path("runs").iterdir()} == {"a", "b", *OUTPUTS}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "55.0 ? " in result.stdout
 
 
 def test_runs_of_another_version_are_compared_as_they_are(here: Path) -> None:
@@ -427,10 +571,29 @@ def test_every_group_is_in_the_picture(groups: int, seeds: int, steps: int, term
         assert (np.abs(image - rgb).max(axis=2) < 6).sum() > 80  # a marker in the plot and one in the legend
 
 
-def test_matplotlib_waits_until_it_is_needed() -> None:
-    import subprocess
-    import sys
+def test_a_picture_shows_text_as_it_is_and_what_its_axes_are(drawing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    save = Figure.savefig
 
+    def keep(figure: Figure, *given: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *given, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    terms = [f"term{index}" for index in range(6)]
+    for index, model in enumerate((r"$\frac$", "$a$ b")):
+        make(f"runs/{index}", [f"model={model}"], rewards=[math.nan, *([0.5] * 99)], terms=terms)
+    assert call("runs").code == 0
+    (figure,) = figures
+    panels = [axes for axes in figure.get_axes() if axes.get_visible()]
+    labelled = [axes.get_title(loc="left") for axes in panels if "step of RL" in axes.get_xlabel()]
+    assert labelled == ["term4", "term5"]
+    assert all("mean of 4 logged steps" in axes.get_xlabel() for axes in panels if axes.get_xlabel().startswith("step"))
+    assert all(axes.xaxis.get_tick_params()["labelbottom"] for axes in panels if axes.get_xlabel())
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {r"model=$\frac$", "model=$a$ b"}
+
+
+def test_matplotlib_waits_until_it_is_needed() -> None:
     code = (
         "import sys, rl_backspace.cli, rl_backspace.compare, rl_backspace.sweep\nassert 'matplotlib' not in sys.modules"
     )

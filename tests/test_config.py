@@ -186,11 +186,9 @@ def test_settings_that_cannot_work_together(changes: dict[str, Any], key: str) -
 
 
 def test_a_missing_fn_points_at_the_slip() -> None:
-    assert problems(task={"fun": "signs"}) == ["task.fn: missing; add it to the experiment file; did you mean 'fun'?"]
+    assert problems(task={"fun": "signs"}) == ["task.fn: missing; add it; did you mean 'fun'?"]
     typo = {**MINIMAL["rewards"], "corect": {"weight": 2.0}}
-    assert problems(rewards=typo) == [
-        "rewards.corect.fn: missing; add it to the experiment file; did you mean 'correct'?"
-    ]
+    assert problems(rewards=typo) == ["rewards.corect.fn: missing; add it; did you mean 'correct'?"]
 
 
 @pytest.mark.parametrize(("cls", "kind"), [(GRPOConfig, "GRPOConfig"), (TrainingArguments, "TrainingArguments")])

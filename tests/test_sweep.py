@@ -5,13 +5,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,8 +33,11 @@ from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.wandb_agent import Agent
 
+from rl_backspace import sweep
 from rl_backspace.compare import PICTURE
 from rl_backspace.config import override, parse, read_yaml
+from rl_backspace.errors import UserError
+from rl_backspace.folder import RunFolder
 from rl_backspace.sweep_file import arguments, read
 
 SWEEPS = Path(__file__).parents[1] / "experiments" / "sweeps"
@@ -229,37 +235,45 @@ def test_a_random_sweep_draws_the_same_runs_each_time(here: Path) -> None:
 X = {"x": {"values": [1]}}
 BAD_FILES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "bayes": (X, {"method": "bayes"}, "method: bayes needs wandb's server"),
-    "no method": (X, {"method": None}, "method: expected grid or random; got None"),
+    "no method": (X, {"method": None}, "method: missing; add it"),
     "early end": (X, {"early_terminate": {"type": "hyperband"}}, "early_terminate: wandb's server decides"),
     "unknown key": (X, {"paramters": {}}, "paramters: unknown key; did you mean 'parameters'"),
     "no end": (X, {"method": "random"}, "run_cap: missing"),
-    "no number": (X, {"run_cap": 0}, "run_cap: expected a number of runs; got 0"),
-    "no parameters": ({}, {}, "parameters: expected some by name"),
-    "a list": ([1], {}, "parameters: expected some by name"),
-    "no spec": ({"x": 3}, {}, "parameters.x: expected value, values, or a distribution"),
-    "a slip": ({"x": {"vales": [1]}}, {}, "parameters.x: no value, values or distribution"),
-    "no values": ({"x": {"values": []}}, {}, "parameters.x: values: expected a list of them; got []"),
-    "too many keys": ({"x": {"values": [1], "min": 3}}, {}, "parameters.x: min is not for categorical"),
-    "no such": ({"x": {"distribution": "unifrm"}}, {}, "no distribution 'unifrm'; did you mean 'uniform'"),
-    "exponents": ({"x": {"distribution": "log_uniform", "min": -3, "max": 1}}, {}, "there are constant, categorical"),
+    "no number": (X, {"run_cap": 0}, "run_cap: expected a number greater than 0; got 0"),
+    "no parameters": ({}, {}, "parameters: expected at least one entry; got {}"),
+    "a list": ([1], {}, "parameters: expected a block of keys; got [1]"),
+    "no spec": ({"x": 3}, {}, "parameters.x: expected value, values, min and max alike whole or not, or"),
+    "a slip": ({"x": {"vales": [1]}}, {}, "or a distribution of constant, categorical, categorical_w_p"),
+    "no values": ({"x": {"values": []}}, {}, "parameters.x.values: expected at least one entry; got []"),
+    "too many keys": (
+        {"x": {"values": [1], "min": 3}},
+        {},
+        "parameters.x.min: unknown key; known here: distribution, values",
+    ),
+    "no such": ({"x": {"distribution": "unifrm"}}, {}, "got {'distribution': 'unifrm'}; did you mean 'uniform'"),
+    "exponents": ({"x": {"distribution": "log_uniform", "min": -3, "max": 1}}, {}, "did you mean 'q_uniform'"),
     "1e-5 is text to wandb": (
         {"x": {"distribution": "log_uniform_values", "min": "1e-5", "max": 1.0}},
         {"method": "random", "run_cap": 1},
-        "parameters.x: min: expected a number; got '1e-5'; to wandb a number has a point and a sign in it",
+        "parameters.x.min: expected a valid number; got '1e-5' (str); to wandb a number has a point and a sign in it",
     ),
     "nested": ({"a": {"parameters": {"b": X["x"]}}}, {}, "nested parameters would replace the whole block; write a.b"),
-    "half": ({"x": {"distribution": "uniform", "min": 1}}, {"method": "random", "run_cap": 1}, "max is missing"),
-    "mixed": ({"x": {"min": 1, "max": 2.5}}, {}, "give min and max both as whole numbers or both with"),
-    "upside down": ({"x": {"min": 3, "max": 3}}, {}, "min 3 is not below max 3"),
+    "half": (
+        {"x": {"distribution": "uniform", "min": 1}},
+        {"method": "random", "run_cap": 1},
+        "parameters.x.max: missing",
+    ),
+    "mixed": ({"x": {"min": 1, "max": 2.5}}, {}, "min and max alike whole or not, or a distribution"),
+    "upside down": ({"x": {"min": 3, "max": 3}}, {}, "parameters.x.max: expected a number above 3; got 3"),
     "not above 0": (
         {"x": {"distribution": "log_uniform_values", "min": 0, "max": 1}},
         {"method": "random", "run_cap": 1},
-        "min: expected a number above 0",
+        "parameters.x.min: expected a number greater than 0",
     ),
     "text": (
         {"x": {"distribution": "uniform", "min": "a", "max": True}},
         {"method": "random", "run_cap": 1},
-        "parameters.x: min: expected a number; got 'a'\ns.yaml: parameters.x: max: expected a number; got True",
+        "x.min: expected a valid number; got 'a' (str)\ns.yaml: parameters.x.max: expected a valid number; got True",
     ),
     "probabilities": ({"x": {"values": [1, 2], "probabilities": [1]}}, {}, "expected 2 numbers that sum to 1"),
     "no grid": ({"x": {"distribution": "normal"}}, {}, "parameters.x: a grid cannot have normal"),
@@ -290,6 +304,31 @@ def test_what_is_no_sweep_file(text: str, here: Path) -> None:
     Path("s.yaml").write_text(text)
     assert "s.yaml: " in refused("s.yaml")[0]
     assert refused("nowhere.yaml") == ["nowhere.yaml: no such file; give a sweep file in wandb's format"]
+
+
+ODD_FILES: dict[str, tuple[str, str]] = {  # parameters as text
+    "a day that is not": ("x: {values: [2024-13-01]}", "not valid YAML: month must be in 1..12"),
+    "many digits": (f"x: {{value: 1{'0' * 5000}}}", "not valid YAML: Exceeds the limit"),
+    "given twice": ("seed: {values: [0, 1]}\n  seed: {values: [5]}", "not valid YAML: key 'seed' is given twice"),
+    "a list of itself": ("x: {values: &a [*a]}", "a value holds itself; write it out"),
+    "a block of itself": ("x: {value: &a {a: *a}}", "a value holds itself; write it out"),
+    "a list for a name": ("x: {distribution: [a]}", "parameters.x: expected value, values, .* got {'distribution'"),
+    "no end of them": (f"seed: {{min: 0, max: 1{'0' * 400}}}", "parameters: more than 10000 runs"),
+    "too deep": (f"x: {{value: {'[' * 3000}{']' * 3000}}}", "not valid YAML: "),
+}
+
+
+@pytest.mark.parametrize(("parameters", "said"), ODD_FILES.values(), ids=ODD_FILES)
+def test_an_odd_file_is_one_line_too(parameters: str, said: str, here: Path) -> None:
+    Path("s.yaml").write_text(f"method: grid\ncommand: {json.dumps(COMMAND)}\nparameters:\n  {parameters}\n")
+    (error,) = refused("s.yaml")
+    assert re.match(f"s.yaml: {said}", error)
+
+
+def test_a_long_range_needs_no_end_where_the_runs_have_one(here: Path) -> None:
+    path = write({"seed": {"min": 0, "max": 10**30}, "x": {"values": [1, 2]}}, run_cap=5)
+    assert [tuple(run.values.values()) for run in read(path).runs] == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1)]
+    assert [run.values["seed"] for run in read(path, 2).runs] == [0, 0]
 
 
 # what is wrong with its runs, before the first one starts
@@ -323,6 +362,21 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trainer.num_generations": {"values": [2, 3]}},
         [r"parameters.trainer.num_generations: trainer: .*divisible by num_generations \(3\)"],
     ),
+    "no model": (
+        {"model": {"values": ["arith-2m", "/nowhere"]}},
+        ["parameters.model: 'arith-2m' is no folder; did you mean 'arith-1m'", "parameters.model: '/nowhere' is no"],
+    ),
+    "read as another value": (
+        {"delete.boundary": {"values": ["no", "\n", "ok", "'\n'"]}},
+        [
+            r"""parameters.delete.boundary: 'no' would be read as False .*; quote it once more, as '"no"'$""",
+            r"""parameters.delete.boundary: '\\n' would be read as None .* as '"\\n"'$""",
+        ],
+    ),
+    "the same runs": (
+        {"warmup.beta": {"values": [0.01, "1e-2"]}},
+        [r"parameters: seed=0,beta=0.01-\w+ and seed=0,beta=1e-2-\w+ come to the same run"],
+    ),
     "elsewhere": (
         {"trainer.max_completion_length": {"values": [5, 15]}, "warmup.steps": {"values": [0, 1]}},
         [r"delete.budget: 14 actions .* \(with seed=0, trainer.max_completion_length=15, warmup.steps=0\)"],
@@ -352,6 +406,21 @@ def test_the_experiments_and_the_commands_own_mistakes_are_called_so(here: Path)
     ]
 
 
+def test_a_strict_audit_is_heeded_once_for_all_seeds(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audited = []
+
+    def heed(config: Any) -> None:
+        audited.append(config)
+        raise UserError("rewards: this one can be farmed")
+
+    monkeypatch.setattr("rl_backspace.experiment.prepare", lambda config, out: config)
+    monkeypatch.setattr("rl_backspace.audit.heed", heed)
+    weights = {"rewards.delete_cost.weight": {"values": [0.5, 1.0]}}
+    Path("experiment.yaml").write_text(yaml.safe_dump({**EXPERIMENT, "audit": "strict", "model": "arith-1m"}))
+    assert refused(write({**SEEDS, **weights})) == ["experiment.yaml: rewards: this one can be farmed"]
+    assert [config.rewards["delete_cost"].weight for config in audited] == [1.0, 0.5]
+
+
 def test_a_dry_run_prints_the_runs_and_writes_nothing(here: Path) -> None:
     path = write({**SEEDS, "rewards.delete_cost.kwargs.cost": {"values": [0.0, 0.125]}}, name="My sweep!")
     before = tree(here)
@@ -366,14 +435,16 @@ def test_a_dry_run_prints_the_runs_and_writes_nothing(here: Path) -> None:
 # running, with a stand-in for training: as fast as a script, and as good for all that a sweep does with it
 
 STAND_IN = """#!{python} -S
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 times = dict(start=time.time(), threads=os.environ.get("OMP_NUM_THREADS"), group=os.environ.get("WANDB_RUN_GROUP"))
 *given, _, out = sys.argv[3:]
 config, out = json.loads(Path("resolved.json").read_text()), Path(out)
 for argument in given:
-    key, _, value = argument.removeprefix("--").rpartition("=")
-    (config["trainer"] if key == "trainer.max_steps" else config)[key.rpartition(".")[2]] = int(value)
+    key, _, value = argument.removeprefix("--").partition("=")
+    *block, name = key.split(".")
+    (config[block[0]] if block else config)[name] = json.loads(value)
 seed = config["seed"]
 print("run", given)
 if seed == 13:
@@ -398,7 +469,7 @@ summary = dict(accuracy=dict(before=cells(seed / 100)), deletes_per_answer=dict(
 
 @pytest.fixture
 def stand_in(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A sweep's command that trains nothing, of parameters `seed` and `trainer.max_steps` alone; and no picture."""
+    """A sweep's command that trains nothing, of parameters that are numbers, one block deep; and no picture."""
     monkeypatch.setattr("rl_backspace.picture.draw", lambda *given: given[-1].write_text(PICTURE))
     Path("resolved.json").write_text(parse(read_yaml(Path("experiment.yaml"))).model_dump_json())
     script = here / "bin" / "rl-backspace"
@@ -461,18 +532,133 @@ def test_threads_are_left_as_they_are(stand_in: list[str], monkeypatch: pytest.M
 def test_a_folder_is_for_one_sweep(stand_in: list[str]) -> None:
     assert call("sweep", write(seeds(1, 2), command=stand_in)).code == 0
     assert read_yaml(Path("runs/s/sweep.yaml")) == read_yaml(Path("s.yaml"))
-    (error,) = refused(write(seeds(1, 3), command=stand_in))
-    assert error.startswith("runs/s: holds another sweep: ") and "in parameters" in error
+    (error,) = refused(write(seeds(3, 4), command=stand_in))
+    assert error.startswith("runs/s: holds another sweep: none of its 2 runs is in s.yaml")
     write(seeds(1, 2), command=stand_in, description="more words", run_cap=9)
     assert "0 of 2 runs to do" in call("sweep", "s.yaml").err
     changed = {**EXPERIMENT, "trainer": {**EXPERIMENT["trainer"], "max_steps": 3}}
     Path("experiment.yaml").write_text(yaml.safe_dump(changed))
     (error,) = refused("s.yaml")
-    assert error.startswith("runs/s: 2 of the runs in it, such as seed=1-") and "experiment.yaml was another" in error
+    assert error.startswith("runs/s/seed=1-") and "experiment.yaml was another, as 2 of the runs" in error
     Path("mine").mkdir()
     Path("mine/file").touch()
     (error,) = refused("s.yaml", "--out", "mine")
     assert error.startswith("mine: already there and not empty")
+
+
+def test_a_sweep_can_be_extended(stand_in: list[str]) -> None:
+    assert call("sweep", write({"seed": {"value": 1}, "warmup.beta": {"value": "1e-2"}}, command=stand_in)).code == 0
+    (first,) = Path("runs/s").glob("*/summary.json")
+    before = first.stat().st_mtime_ns
+    result = call("sweep", write({**seeds(1, 2), "warmup.beta": {"value": "1e-2"}}, command=stand_in))
+    assert result.code == 0 and "1 of 2 runs to do" in result.err and first.stat().st_mtime_ns == before
+    (row,) = csv.DictReader(Path("runs/s/compare.csv").read_text().splitlines())
+    assert row["seeds"] == "1 2"
+    kept = Path("runs/s/sweep.yaml")
+    copied = kept.read_bytes(), kept.stat().st_ino
+    result = call("sweep", kept, "--out", "runs/s")
+    assert result.code == 0 and "0 of 2 runs to do" in result.err
+    assert (kept.read_bytes(), kept.stat().st_ino) == copied == (Path("s.yaml").read_bytes(), copied[1])
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """A disk on which no file grows."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(stand_in: list[str]) -> None:
+    path = write(seeds(1, 13), command=stand_in)
+    with full_disk():
+        result = call("sweep", path)
+    assert result.code == 2 and result.errors == [
+        "runs/s: File too large; mend that to go on with the same command, or give --out another"
+    ]
+    assert call("sweep", path).code == 1
+    write(seeds(1, 13, 2, 3), command=stand_in)
+    before = tree(Path("runs"))
+    with full_disk():
+        assert call("sweep", path).code == 2
+    assert tree(Path("runs")) == before
+    shutil.copy(path, "runs/s/sweep.yaml")
+    before = tree(Path("runs"))
+    next(Path("runs/s").glob("seed=13*.log")).unlink()
+    with full_disk():
+        result = call("sweep", path)
+    assert result.code == 2 and len(result.errors) == 1 and "failed" not in result.err  # a run without a word
+    assert sorted(one.name for one in Path("runs/s").glob("*.log"))[-1].startswith("seed=13")  # and no more of them
+    with full_disk():
+        result = call("compare", "runs/s")
+    assert result.code == 2 and "cannot be written: File too large" in result.errors[0]
+    for name in ("compare.csv", "runs.csv", "compare.png", "sweep.yaml"):
+        assert Path("runs/s", name).read_bytes() == before[f"runs/s/{name}"]
+    Path("runs/s/compare.csv").write_text("")  # as an older version left it
+    assert call("compare", "runs/s").code == 0
+
+
+def test_a_comparison_that_fails_leaves_the_runs(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(seeds(1, 13), command=stand_in)
+    Path("runs/s").mkdir(parents=True)
+    Path("runs/s/sweep.yaml").touch()
+    Path("runs/s/compare.csv").write_text("mine")
+    (error,) = refused(path)  # before the first run
+    assert error.startswith("runs/s/compare.csv: already there, and no comparison wrote it")
+    Path("runs/s/compare.csv").unlink()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rl_backspace.picture.draw", fail)
+    result = call("sweep", path)
+    told = result.err[result.err.index("failed: ") :].splitlines()
+    assert result.code == 1 and [line.split(":")[0] for line in told] == [
+        "failed",
+        "error",
+        "the runs are kept; once that is mended",
+    ]
+    assert "No space left" in told[1] and told[2].endswith("rl-backspace compare runs/s")
+
+
+def test_a_run_that_finished_just_now_is_not_moved(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(seeds(1, 2), command=stand_in)
+    claimed = sweep._claimed
+
+    def late(folder: Path) -> Any:
+        monkeypatch.setattr(sweep, "_claimed", claimed)
+        assert call("sweep", path).code == 0  # another one, which ends before this one has the lock
+        return claimed(folder)
+
+    monkeypatch.setattr(sweep, "_claimed", late)
+    result = call("sweep", path)
+    assert result.code == 0 and "0 of 2 runs to do" in result.err and not Path("runs/s/unfinished").exists()
+
+
+def test_a_command_that_cannot_start_fails_alone(stand_in: list[str]) -> None:
+    Path(stand_in[1]).write_text("#!/nowhere/python\n")
+    result = call("sweep", write(seeds(1, 2), command=stand_in[1:]))
+    (line,) = [line for line in result.err.splitlines() if line.startswith("failed: ")]
+    assert result.code == 1 and "and 1 more: FileNotFoundError" in line and "2/2" in result.err
+
+
+def test_ctrl_c_while_a_run_is_started_ends_that_one_too(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(*given: Any, popen: Any = subprocess.Popen, **options: Any) -> Any:
+        started.append(popen(*given, **options))
+        wait_for(lambda: list(Path("runs/s").glob("seed=99*/config.yaml")))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    result = call("sweep", write(seeds(99, 1), command=stand_in))
+    assert result.code == 130 and "interrupted: 0 of 2 runs finished" in result.err
+    assert [process.poll() for process in started] == [130]
+    assert list(Path("runs/s").glob("seed=99*/saved"))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -482,17 +668,20 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def sweep_to_file() -> None:
+def sweep_to_file(background: bool = False) -> None:
+    if background:  # as a shell starts what ends in &
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     result = call("sweep", "s.yaml")
     Path("err").write_text(result.err)
     sys.exit(result.code)
 
 
 @pytest.fixture
-def sweeping(stand_in: list[str]) -> Iterator[BaseProcess]:
-    """A sweep in a process of its own, whose second run takes long."""
+def sweeping(stand_in: list[str], request: pytest.FixtureRequest) -> Iterator[BaseProcess]:
+    """A sweep in a process of its own, whose second run takes long; its parameter: whether in the background."""
     write(seeds(1, 99, 2), command=stand_in)
-    process = multiprocessing.get_context("fork").Process(target=sweep_to_file)  # with all imports done
+    background = getattr(request, "param", False)
+    process = multiprocessing.get_context("fork").Process(target=sweep_to_file, args=[background])  # with all imports
     process.start()
     wait_for(lambda: list(Path("runs/s").glob("seed=99*/config.yaml")))
     yield process
@@ -500,7 +689,11 @@ def sweeping(stand_in: list[str]) -> Iterator[BaseProcess]:
     process.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "sweeping"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+    indirect=["sweeping"],
+)
 def test_what_ends_a_sweep_ends_its_runs_first(number: int, sweeping: BaseProcess) -> None:
     os.kill(sweeping.pid or 0, number)
     sweeping.join(60)
@@ -583,6 +776,27 @@ def test_a_sweep_that_was_cut_short_ends_as_one_that_was_not(here: Path) -> None
     assert again.out == straight.out.replace("straight", "cut")
 
 
+def test_a_disk_that_is_full_in_the_end_keeps_the_policy(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RunFolder, file: str, content: Any) -> None:
+        if file == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    content = {
+        **EXPERIMENT,
+        "model": str(checkpoint(here / "base")),
+        "trainer": {**EXPERIMENT["trainer"], "max_steps": 1},
+    }
+    Path("experiment.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(RunFolder, "_write", full)
+    for failing, said in (
+        ("versions.json", "runs/versions.json: cannot write the run folder: No space left on device"),
+        ("summary.json", "OSError: [Errno 28] No space left on device; the adapter is in runs/summary.json/adapter"),
+    ):
+        result = call("train", "experiment.yaml", "--out", f"runs/{failing}")
+        assert result.code == 2 and len(result.errors) == 1 and result.errors[0].startswith(said)
+    assert Path("runs/summary.json/adapter/adapter_config.json").exists()
+
+
 # the same file with an account
 
 
@@ -649,7 +863,8 @@ def test_the_sweeps_that_come_with_it_can_run(path: Path, here: Path) -> None:
     for error in refused(f"experiments/sweeps/{path.name}"):
         assert "there is no run runs/warm-" in error
     for seed in range(3):
-        (here / f"runs/warm-{seed}").mkdir(parents=True)
+        (here / f"runs/warm-{seed}/adapter").mkdir(parents=True)
         (here / f"runs/warm-{seed}/config.yaml").touch()
+        (here / f"runs/warm-{seed}/adapter/adapter_config.json").touch()
     result = call("sweep", f"experiments/sweeps/{path.name}", "--dry-run")
     assert result.code == 0 and len(result.out.splitlines()) > 1

@@ -185,7 +185,7 @@ def test_a_policy_that_makes_no_errors_gives_clean_examples() -> None:
 
 def test_a_source_that_finds_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(5)]
-    found = warm_up(
+    found, actions = warm_up(
         bigrams({"?": {"a": 1.0}, "a": {"$": 1.0}}),
         Task(rows, rows[:1]),
         BUDGET,
@@ -208,7 +208,7 @@ def test_the_first_corrections_are_those_that_the_warm_up_begins_with(policy: Po
 def run(policy: Policy, folder: Path, **fields: Any) -> tuple[list[tuple[int, Any]], Any]:
     told: list[tuple[int, Any]] = []
     args = arguments(folder, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, seed=3)
-    found = warm_up(policy, TASK, BUDGET, config(**fields), args, [], lambda step, found: told.append((step, found)))
+    found, _ = warm_up(policy, TASK, BUDGET, config(**fields), args, [], lambda step, found: told.append((step, found)))
     return told, found
 
 
