@@ -304,8 +304,8 @@ def _check_sources(config: Config, task: Task) -> None:
     if asked and config.warmup.steps and config.warmup.clean < 1 and not task.tells_errors:
         raise UserError(
             f"warmup.sources: {', '.join(asked)} cannot be labelled: task {config.task.fn!r} has its own `correct`, "
-            "so several answers may be right, but no `alive` that tells which prefixes still can be, or labels: answers "
-            "forbids to ask it; give it one, or set warmup.sources to {random: 1, early: 1}"
+            "so several answers may be right, but no `alive` that tells which prefixes still can be, or labels: "
+            "answers does not ask it; give it one, or set warmup.sources to {random: 1, early: 1}"
         )
 
 

@@ -55,17 +55,18 @@ def run_sweep(
         print(*(run.id for run in sweep.runs), sep="\n")
         _say(f"# ok: {len(sweep.runs)} runs, {len(done)} of them finished; would write {folder}")
         return 0
-    with _claimed(folder) as lock:
+    with claimed(folder) as lock:
         places = _places(folder, sweep)
         left = [run for run in sweep.runs if run.id not in _finished(places, sweep, configs)]
         _keep(folder, sweep)
         for run in left:
-            _move_aside(places[run.id])
+            move_aside(places[run.id])
         _say(f"{len(left)} of {len(sweep.runs)} runs to do in {folder}; what each prints is in {folder}/<run>.log")
         try:
-            failures = _run_all(sweep, left, places, jobs, lock)
+            commands = {run.id: sweep.command(run, places[run.id]) for run in left}
+            failures = run_all(commands, places, jobs, lock)
         except KeyboardInterrupt:
-            finished = sum(_is_finished(place) for place in places.values())
+            finished = sum(is_finished(place) for place in places.values())
             _say(f"interrupted: {finished} of {len(sweep.runs)} runs finished; the same command does the others")
             return 130
     return _report(folder, places, failures)
@@ -220,7 +221,7 @@ def _places(folder: Path, sweep: Sweep) -> dict[str, Path]:
     return {run.id: there.get(run.digest, folder / run.id) for run in sweep.runs}
 
 
-def _is_finished(place: Path) -> bool:
+def is_finished(place: Path) -> bool:
     return (place / "summary.json").exists()
 
 
@@ -230,7 +231,7 @@ def _finished(places: Mapping[str, Path], sweep: Sweep, configs: Mapping[str, Co
     Raises:
         UserError: one was made with another config, because the experiment file has changed since.
     """
-    done = {id for id, place in places.items() if _is_finished(place)}
+    done = {id for id, place in places.items() if is_finished(place)}
     others = [str(places[id]) for id in done if not _is_config(places[id] / "config.yaml", configs[id])]
     if others:
         raise UserError(
@@ -248,7 +249,7 @@ def _is_config(path: Path, config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[int]:
+def claimed(folder: Path) -> Iterator[int]:
     """Make the folder and hold its lock: a file descriptor, which the runs inherit, so that it is held for as long as
     any of them goes on."""
     import fcntl
@@ -276,7 +277,7 @@ def _keep(folder: Path, sweep: Sweep) -> None:
             temporary.write_bytes(sweep.text)
 
 
-def _move_aside(place: Path) -> None:
+def move_aside(place: Path) -> None:
     """A run that did not finish begins again; what there is of it is kept."""
     if not place.exists():
         return
@@ -287,25 +288,31 @@ def _move_aside(place: Path) -> None:
     _say(f"{place}: did not finish before; moved to {target}, to run again")
 
 
-def _run_all(sweep: Sweep, left: list[Run], places: Mapping[str, Path], jobs: int, lock: int) -> dict[str, str]:
-    """Run them; what each that failed said last, by id. Whatever ends this early ends the runs, which save."""
-    waiting, failures = list(left), {}
+def run_all(commands: Mapping[str, list[str]], places: Mapping[str, Path], jobs: int, lock: int) -> dict[str, str]:
+    """Run these, `jobs` at a time; what each that failed said last, by id. Whatever ends this early ends the runs,
+    which save.
+
+    Args:
+        commands: by id, of those that are left of `places`, the runs' folders.
+        lock: a file descriptor that they inherit.
+    """
+    waiting, failures = list(commands), {}
     running: dict[str, Process] = {}
-    bar = tqdm(total=len(places), initial=len(places) - len(left), desc="sweep", unit="run", dynamic_ncols=True)
+    bar = tqdm(total=len(places), initial=len(places) - len(waiting), desc="runs", unit="run", dynamic_ncols=True)
     with _counted() as asked:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
+                    id = waiting.pop(0)
                     try:
-                        running[run.id] = _start(sweep.command(run, places[run.id]), places[run.id], jobs, lock)
+                        running[id] = _start(commands[id], places[id], jobs, lock)
                     except UserError as error:
-                        failures[run.id] = str(error)
+                        failures[id] = str(error)
                         bar.update()
                 time.sleep(0.05)
                 for id in [id for id, (process, _) in running.items() if process.poll() is not None]:
                     process, start = running.pop(id)
-                    if not _is_finished(places[id]):
+                    if not is_finished(places[id]):
                         failures[id] = _last_words(_log(places[id]), start, process.returncode)
                         bar.set_postfix(failed=len(failures), refresh=False)
                     bar.update()

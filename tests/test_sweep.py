@@ -626,14 +626,14 @@ def test_a_comparison_that_fails_leaves_the_runs(stand_in: list[str], monkeypatc
 
 def test_a_run_that_finished_just_now_is_not_moved(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(seeds(1, 2), command=stand_in)
-    claimed = sweep._claimed
+    claimed = sweep.claimed
 
     def late(folder: Path) -> Any:
-        monkeypatch.setattr(sweep, "_claimed", claimed)
+        monkeypatch.setattr(sweep, "claimed", claimed)
         assert call("sweep", path).code == 0  # another one, which ends before this one has the lock
         return claimed(folder)
 
-    monkeypatch.setattr(sweep, "_claimed", late)
+    monkeypatch.setattr(sweep, "claimed", late)
     result = call("sweep", path)
     assert result.code == 0 and "0 of 2 runs to do" in result.err and not Path("runs/s/unfinished").exists()
 

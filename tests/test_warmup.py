@@ -185,7 +185,7 @@ def test_a_policy_that_makes_no_errors_gives_clean_examples() -> None:
 
 def test_a_source_that_finds_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(5)]
-    found, actions = warm_up(
+    found, _ = warm_up(
         bigrams({"?": {"a": 1.0}, "a": {"$": 1.0}}),
         Task(rows, rows[:1]),
         BUDGET,
