@@ -319,6 +319,22 @@ def sweep(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a study file, such as experiments/study.yaml")],
+    out: Annotated[Path | None, typer.Option(help="folder of the runs; default: runs/<the study's name>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the runs, stop")] = False,
+) -> None:
+    """Does deleting help? Experiments beside twins without a token, over seeds: a table, a picture and what they say.
+
+    The same command goes on where it was stopped, and writes the results again when all is done.
+    """
+    from rl_backspace.study import run_study
+
+    raise typer.Exit(run_study(file, out, jobs, dry_run))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of runs")],
     sort: Annotated[

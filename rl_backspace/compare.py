@@ -55,6 +55,17 @@ class Estimate:
     high: float | None
     n: int
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Of one value per run; one alone has no interval."""
+        mean = fmean(values)
+        if len(values) == 1:
+            return cls(mean, None, None, 1)
+        from scipy.stats import sem, t
+
+        half = float(t.ppf(0.975, len(values) - 1) * sem(values))
+        return cls(mean, mean - half, mean + half, len(values))
+
 
 @dataclass
 class Run:
@@ -114,14 +125,10 @@ class Group:
         if not having:
             return None
         values = [run.values[column] for run in having]
-        mean = fmean(values)
         if len(values) == 1:
             low, high = having[0].intervals.get(column, (None, None))
-            return Estimate(mean, low, high, 1)
-        from scipy.stats import sem, t
-
-        half = float(t.ppf(0.975, len(values) - 1) * sem(values))
-        return Estimate(mean, mean - half, mean + half, len(values))
+            return Estimate(values[0], low, high, 1)
+        return Estimate.of(values)
 
 
 def compare(paths: Sequence[Path], sort: str | None = None, out: Path | None = None) -> None:

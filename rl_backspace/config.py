@@ -120,7 +120,8 @@ class Wandb(Strict):
     tags: list[str] = []
 
 
-def _is_name(text: str) -> str:
+def is_name(text: str) -> str:
+    """The text, where it can be a folder's name; ValueError where not."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise ValueError("a letter or digit, then letters, digits, '.', '_' and '-'")
     return text
@@ -132,7 +133,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 class Config(Strict):
     """One experiment, from a base model to a policy that deletes."""
 
-    name: Annotated[str, AfterValidator(_is_name)] = Field(description="the run's folder is runs/<name>")
+    name: Annotated[str, AfterValidator(is_name)] = Field(description="the run's folder is runs/<name>")
     model: str = Field(
         description="embedded (arith-1m, puzzles-1m), a hub id, a path, or a run (with {seed}) to go on from"
     )

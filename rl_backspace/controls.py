@@ -137,7 +137,7 @@ class Examination:
 
     def arms(self) -> dict[str, dict[str, Any]]:
         """Accuracy, actions and deletes of each arm, and how far the policy is above it, prompt by prompt."""
-        if not self.policy.rules.deletes:
+        if not self.policy.rules.deletes:  # a twin
             return {"allowed": measure(self.policy, self.task, self.rows, self.allowed)}
         found = {
             "allowed": self.allowed,
@@ -261,9 +261,9 @@ def examine(policy: Policy, task: Task, rows: list[Row], budget: Budget, seed: i
     out: dict[str, Any] = {}
     for how in DECODINGS:
         of = Examination(policy, task, rows, budget, how, seed)
-        out[how] = {"arms": of.arms()}
+        out[how] = {"arms": of.arms(), "curve": of.curve()}
         if policy.rules.deletes:
-            out[how] |= {"deletions": of.deletions(), "curve": of.curve()}
+            out[how]["deletions"] = of.deletions()
     return out
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rl_backspace.compare import MEASURES, PICTURE, Estimate, Group
 
+if TYPE_CHECKING:
+    from rl_backspace.study import Verdict
+
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"]
 COLOURS += ["#56b4e9", "#8c564b", "#7b4fb5", "#7a9a01", "#d62728", "#7f7f7f"]
 MARKERS = "os^Dv<>pPX*h"
 OTHERS = "#c8c8c8"
+STUDY_POINTS = (
+    ("policy", COLOURS[1], "o", "delete token"),
+    ("blocked", COLOURS[1], "x", "the same, blocked"),
+    ("twin", COLOURS[0], "s", "twin"),
+)
+STUDY_LINES = (
+    ("policy", "allowed", COLOURS[1], "delete token, answers within so many actions"),
+    ("twin", "best_of", COLOURS[2], "twin, likeliest of n"),
+    ("twin", "majority", COLOURS[3], "twin, commonest of n"),
+)
 
 
 def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path) -> None:
@@ -42,6 +55,49 @@ def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path)
             handles[::-1], labels[::-1], loc="outside lower center", ncols=across, frameon=False, fontsize=8.5
         )
         figure.savefig(path, format="png", dpi=150, metadata={"Software": PICTURE})
+
+
+def draw_study(verdicts: Sequence[Verdict], curves: dict[tuple[str, int, str], Any], path: Path) -> None:
+    """Accuracy against actions per answer, a panel for each experiment and decoding: the policy and the twin as points
+    with intervals, the policy's answers cut off earlier, and the twin's tries, as lines (the mean over seeds)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(verdict.experiment for verdict in verdicts))
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    with rc_context({**style, "grid.alpha": 0.25, "grid.linewidth": 0.6, "text.parse_math": False}):
+        figure = Figure(figsize=(3.4 * len(names) + 0.6, 6), layout="constrained")
+        panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
+        for verdict in verdicts:
+            row, column = int(verdict.decoding == "greedy"), names.index(verdict.experiment)
+            axes = panels[row][column]
+            mine = {key: c[verdict.decoding] for key, c in curves.items() if key[0] == verdict.experiment}
+            for which, curve, colour, label in STUDY_LINES:
+                lines = [found["curve"][curve] for (_, _, whose), found in mine.items() if whose == which]
+                axes.plot(*_mean_line(lines), color=colour, label=label, linewidth=1.2)
+            for arm, colour, marker, label in STUDY_POINTS:
+                x, y = verdict.actions[arm], verdict.accuracy[arm]
+                bars = {"xerr": _bar(x, 1), "yerr": _bar(y, 100)}
+                axes.errorbar(x.mean, 100 * y.mean, **bars, color=colour, marker=marker, linestyle="", label=label)
+            axes.set_title(f"{verdict.experiment}, {verdict.decoding}", fontsize=9)
+        for axes in panels[-1]:
+            axes.set_xlabel("actions per answer")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("accuracy, %")
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": PICTURE})
+
+
+def _mean_line(lines: Sequence[Sequence[Sequence[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of step curves of [actions, accuracy] over all of their actions, accuracy in %."""
+    at = np.unique([actions for line in lines for actions, _ in line])
+    values = []
+    for line in lines:
+        actions, accuracy = np.array(line).T
+        index = np.searchsorted(actions, at, side="right") - 1
+        values.append(np.where(index >= 0, accuracy[index.clip(min=0)], np.nan))
+    return at, 100 * np.mean(values, axis=0)
 
 
 def _styles(groups: Sequence[Group]) -> list[tuple[Group, str, str, str | None]]:

@@ -399,16 +399,21 @@ def _last_words(log: Path, start: int, code: int) -> str:
     return (errors or lines)[-1]
 
 
-def _report(folder: Path, places: Mapping[str, Path], failures: Mapping[str, str]) -> int:
-    """What the runs that failed said, once for all that said the same, and the comparison of the others."""
-    from rl_backspace.compare import compare
-
+def tell(failures: Mapping[str, str], places: Mapping[str, Path]) -> None:
+    """What runs that failed said last, by id; once for all that said the same."""
     groups: dict[str, list[str]] = {}
     for id, said in failures.items():
         groups.setdefault(said.replace(id, "<run>"), []).append(id)
     for said, ids in groups.items():
         others = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
         _say(f"failed: {ids[0]}{others}: {said} (see {_log(places[ids[0]])})")
+
+
+def _report(folder: Path, places: Mapping[str, Path], failures: Mapping[str, str]) -> int:
+    """What the runs that failed said, and the comparison of the others."""
+    from rl_backspace.compare import compare
+
+    tell(failures, places)
     try:
         if finished := [place for id, place in places.items() if id not in failures]:
             compare(finished, out=folder)

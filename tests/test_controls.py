@@ -218,7 +218,7 @@ def test_examining_is_evaluating_and_more(made: Policy) -> None:
 def test_a_policy_without_a_token_has_one_arm(made: Policy) -> None:
     twin = Policy(made.model, made.tokenizer, Rules({}, made.rules.eos))
     found = examine(twin, TASK, TASK.test[:20], BUDGET)
-    assert set(found["greedy"]) == {"arms"} and set(found["greedy"]["arms"]) == {"allowed"}
+    assert set(found["greedy"]) == {"arms", "curve"} and set(found["greedy"]["arms"]) == {"allowed"}
 
 
 def test_intervals_cover_the_true_difference() -> None:

@@ -790,7 +790,10 @@ def test_a_disk_that_is_full_in_the_end_keeps_the_policy(here: Path, monkeypatch
     monkeypatch.setattr(RunFolder, "_write", full)
     for failing, said in (
         ("versions.json", "runs/versions.json: cannot write the run folder: No space left on device"),
-        ("summary.json", "OSError: [Errno 28] No space left on device; the adapter is in runs/summary.json/adapter"),
+        (
+            "summary.json",
+            "OSError: [Errno 28] No space left on device; the adapter as it was is in runs/summary",
+        ),
     ):
         result = call("train", "experiment.yaml", "--out", f"runs/{failing}")
         assert result.code == 2 and len(result.errors) == 1 and result.errors[0].startswith(said)
