@@ -43,8 +43,8 @@ ARMS = {
 RIVALS = ("twin", "best_of", "majority")
 EXPLANATION = (
     "Accuracy in %, mean over seeds {seeds} with its 95 % t-interval. The twin has no delete token and no fewer "
-    "training actions; n tries of it cost no fewer actions than the policy's answers. Bold: above the twin and its tries, with "
-    "intervals that do not overlap. Errors: the policy's, as a multiple of its best rival's."
+    "training actions; n tries of it cost no fewer actions than the policy's answers. Bold: above the twin and its "
+    "tries, with intervals that do not overlap. Errors: the policy's, as a multiple of its best rival's."
 )
 COLUMNS = ("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n")
 
