@@ -111,7 +111,7 @@ def read(path: Path) -> tuple[Study, list[Pair]]:
     if study is None:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     pairs = [
-        Pair(name, seed, entry.config, entry.set) for name, entry in study.experiments.items() for seed in study.seeds
+        Pair(name, seed, entry.config, entry.set) for seed in study.seeds for name, entry in study.experiments.items()
     ]
     for pair in pairs:
         try:
