@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -181,6 +182,34 @@ def test_a_policy_that_makes_no_errors_gives_clean_examples() -> None:
     examples = [example for i in range(60) for example in dataset[i]]
     assert all(c.source is None and c.actions == entry.expert.gold for entry, c in examples)
     assert {entry.expert.row["prompt"] for entry, _ in examples} == {row["prompt"] for row in rows}
+
+
+@pytest.mark.parametrize("labels", ["prefixes", "answers"])
+def test_where_answers_alone_are_labels_the_tasks_check_is_not_asked(labels: str, policy: Policy) -> None:
+    """Each deletes what cannot come right: by the check a sign that no answer has there, else any but the reference."""
+    fields = {"sources": {"random": 1.0}, "clean": 0.0, "errors": 1, "late": 0, "labels": labels}
+    dataset, _ = make_corrections(policy, TASK, BUDGET, config(**fields), size=60, seed=0)
+    planted = [
+        (entry.expert.row, mistake.depth, c.actions[mistake.depth])
+        for i in range(60)
+        for entry, c in dataset[i]
+        for mistake in c.mistakes[:1]
+    ]
+    alive = [
+        TASK.alive(row, row["answer"][:depth] + policy.text([token]))
+        for row, depth, token in planted
+        if policy.text([token]) in ("+", "-")
+    ]
+    assert len(alive) > 20 and any(alive) == (labels == "answers")
+
+
+def test_the_actions_that_were_trained_on_are_counted(policy: Policy, tmp_path: Path) -> None:
+    fields = {"sources": {"random": 1.0}, "group": 2, "refresh": 50}
+    args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=2)
+    _, actions = warm_up(copy.deepcopy(policy), TASK, BUDGET, config(**fields), args, [])
+    dataset, _ = make_corrections(policy, TASK, BUDGET, config(**fields), size=6, seed=args.seed)
+    lengths = [len(correction.actions) for i in range(6) for _, correction in dataset[i]]
+    assert actions == sum(lengths)
 
 
 def test_a_source_that_finds_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
