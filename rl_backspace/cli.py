@@ -61,7 +61,6 @@ def train(
     parsed = _parse(config, context.args)
     from rl_backspace.experiment import prepare
     from rl_backspace.folder import default_folder, policy_folder
-    from rl_backspace.run import train as run
 
     folder = out or default_folder(parsed)
     experiment = prepare(parsed, folder)
@@ -74,6 +73,7 @@ def train(
         typer.echo(f"# ok: would write {folder}", err=True)
         return
     from rl_backspace.callbacks import close_bars
+    from rl_backspace.run import train as run
 
     try:
         run(experiment, folder)
