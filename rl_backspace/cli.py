@@ -320,7 +320,7 @@ def sweep(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a study file, such as experiments/study.yaml")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a study file, such as experiments/studies/study.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: runs/<the study's name>")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the runs, stop")] = False,

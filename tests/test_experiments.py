@@ -11,6 +11,7 @@ from rl_backspace.config import override, parse, parse_pretrain, read_yaml
 from rl_backspace.experiment import prepare
 from rl_backspace.pretrain import pretrain
 from rl_backspace.run import train
+from rl_backspace.study import read
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SMALL = [
@@ -45,6 +46,13 @@ def test_runs_a_step(path: Path, tmp_path: Path) -> None:
     assert summary["steps"] == 2
     assert summary["logp_gap_max"] < 1e-3
     assert set(summary["accuracy"]) == {"base", "before", "after"}
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("studies/*.yaml")), ids=lambda path: path.stem)
+def test_studies_are_of_experiments_that_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    study, pairs = read(path)
+    assert len(pairs) == len(study.seeds) * len(study.experiments) > 0
 
 
 def test_the_embedded_base_leaves_room_to_learn() -> None:

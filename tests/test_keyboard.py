@@ -342,7 +342,7 @@ def test_train_eval_and_generate_type_on_the_keyboard(tmp_path: Path, capsys: py
 
     assert main(["eval", run, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert results["ceiling"] == 0.125 and results["blocked"]["greedy"]["answers"] == 8
+    assert results["ceiling"] == 0.125 and results["greedy"]["arms"]["blocked"]["answers"] == 8
     assert main(["eval", run]) == 0
     assert "ceiling without deletes 12.5 %" in capsys.readouterr().out
 
