@@ -145,8 +145,9 @@ def controls_table(how: str, arms: dict[str, Any], ceiling: float | None = None)
     Args:
         ceiling: highest accuracy that there is without deleting, where the task knows it.
     """
-    caption = "" if ceiling is None else f"; ceiling without deletes {100 * ceiling:.1f} %"
-    table = Table(title=f"{how}: accuracy on {arms['allowed']['answers']} held-out prompts, % (95 % interval){caption}")
+    caption = None if ceiling is None else f"ceiling without deletes {100 * ceiling:.1f} %"
+    count = arms["allowed"]["answers"]
+    table = Table(title=f"{how}: accuracy on {count} held-out prompts, % (95 % interval)", caption=caption)
     for column in ("", "accuracy", "policy above it", "actions", "deletes"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for arm, cell in arms.items():
