@@ -110,7 +110,9 @@ class Reward(Strict):
 
 class Evaluation(Strict):
     rows: PositiveInt = Field(default=1024, description="test prompts, at most")
-    controls: bool = Field(default=False, description="examine the trained policy as `eval` does, into controls.json")
+    controls: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="tries of best-of-n, to examine the policy as `eval` does, into controls.json; 0: none"
+    )
 
 
 class Wandb(Strict):

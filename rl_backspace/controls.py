@@ -4,11 +4,12 @@
     allowed        the policy                                                      A
     blocked        the same weights, deletes illegal                               B
     random         deletes pressed at random times, as often as the policy does    about A
-    best_of        the likeliest of n answers with the token blocked               n B, where n B >= A
-    majority       the commonest of the same answers                               n B
+    best_of        the likeliest of n answers with the token blocked               as many as n tries take
+    majority       the commonest of the same answers                               the same
 
-n is the least whole number of tries that costs no fewer actions than the policy spends: the controls are never given
-less. Among tries, finished ones come first.
+n is the least number of tries that cost no fewer actions than the policy spends: the controls are never given less.
+The first try is the decoding's own, the others are sampled. Finished ones come first, and of equally common ones the
+likeliest: with n = 2 both are the same.
 
 What a deletion was good for is measured by going on without the token from just before it and from just after it.
 """
@@ -36,31 +37,33 @@ from rl_backspace.tasks import Row, Task
 from rl_backspace.warmup import make_teacher
 
 MOST_RUNS = 8  # runs of deletes that are looked at in one answer, the first ones
-TRIES = 8  # most tries of best-of-n that the curve shows
+TRIES = 8  # tries of best-of-n that the curve shows
+MOST_TRIES = 64
 RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
 class RandomDeletes(Sampling):
-    """Deletes at random times: each state in which one is legal draws one with probability `rate`, whatever it is.
+    """Deletes at random times: each state in which it is legal draws one with its probability, whatever is there.
 
-    What is typed is drawn as `Sampling` does. `deletes`: token ids, the first legal one is pressed.
+    What is typed is drawn as `Sampling` does. `rates`: token ids and probabilities, which sum to no more than 1.
     """
 
-    rate: float = 0.0
-    deletes: tuple[int, ...] = ()
+    rates: tuple[tuple[int, float], ...] = ()
 
     def choose(
         self, logits: Tensor, logprobs: Tensor, rows: Sequence[Running], generator: torch.Generator | None
     ) -> Tensor:
-        here = list(self.deletes)
-        typing = torch.log_softmax(logprobs.index_fill(1, torch.tensor(here, device=logits.device), -torch.inf), -1)
+        device = logits.device
+        deletes = torch.tensor([token for token, _ in self.rates], device=device)
+        typing = torch.log_softmax(logprobs.index_fill(1, deletes, -torch.inf), -1)
         typed = super().choose(logits, typing, rows, generator)
-        nothing = ~typing.isfinite().any(-1)
-        legal = logprobs[:, here].isfinite()
-        chance = torch.rand(len(rows), generator=generator, device=logits.device)
-        pressed = torch.tensor(here, device=logits.device)[legal.int().argmax(-1)]
-        return torch.where(legal.any(-1) & ((chance < self.rate) | nothing), pressed, typed)
+        legal = logprobs[:, deletes].isfinite()
+        upto = (legal * torch.tensor([rate for _, rate in self.rates], device=device)).cumsum(-1)
+        drawn = torch.rand(len(rows), 1, generator=generator, device=device)
+        drawn = torch.where(typing.isfinite().any(-1, keepdim=True), drawn, drawn * upto[:, -1:])  # else it must press
+        pressed = deletes[(drawn >= upto).sum(-1).clamp(max=len(deletes) - 1)]
+        return torch.where(legal.any(-1) & (drawn[:, 0] < upto[:, -1]), pressed, typed)
 
 
 class Examination:
@@ -69,11 +72,14 @@ class Examination:
     Args:
         how: "sampled" (at temperature 1) or "greedy".
         seed: of the sampling; each arm begins with it.
+        most: tries of best-of-n that the curve shows.
     """
 
-    def __init__(self, policy: Policy, task: Task, rows: list[Row], budget: Budget, how: str, seed: int):
+    def __init__(
+        self, policy: Policy, task: Task, rows: list[Row], budget: Budget, how: str, seed: int, most: int = TRIES
+    ):
         self.policy, self.task, self.rows, self.budget = policy, task, rows, budget
-        self.sampling, self.seed = DECODINGS[how], seed
+        self.sampling, self.seed, self.most = DECODINGS[how], seed, most
         self.engine = Engine(policy.model, policy.rules, keyboard=keyboard_of(task, policy))
         self.prompts = policy.encode([row["prompt"] for row in rows])
 
@@ -96,31 +102,46 @@ class Examination:
 
     @cached_property
     def blocked(self) -> list[Rollout]:
-        return self.roll(self.sampling, deletes=0)
+        return self.roll(self.sampling, deletes=0) if self.policy.rules.deletes else self.allowed
+
+    @cached_property
+    def others(self) -> list[list[Rollout]]:
+        """For each row sampled answers with the token blocked, of other seeds than this decoding's own."""
+        count = max(self.most, self.needed)
+        found = self.roll(Sampling(), deletes=0, tries=count, seed=self.seed + 1)
+        return [found[i * count : (i + 1) * count] for i in range(len(self.rows))]
+
+    @property
+    def needed(self) -> int:
+        """Tries that should cost as many actions as the policy spends, with some to spare."""
+        return min(MOST_TRIES, math.ceil(1.5 * _actions(self.allowed) / _actions(self.blocked)))
 
     @cached_property
     def tries(self) -> list[list[Rollout]]:
         """For each row, answers with the token blocked: this decoding's own, then sampled ones."""
-        others = self.roll(Sampling(), deletes=0, tries=max(self.n, TRIES) - 1, seed=self.seed + 1)
-        more = len(others) // len(self.rows)
-        return [[first, *others[i * more : (i + 1) * more]] for i, first in enumerate(self.blocked)]
+        return [[first, *others] for first, others in zip(self.blocked, self.others, strict=True)]
+
+    def spent(self, n: int) -> float:
+        """Actions per row of the first n tries."""
+        return sum(len(r.actions) for tries in self.tries for r in tries[:n]) / len(self.rows)
 
     @cached_property
     def n(self) -> int:
-        """Tries that cost no fewer actions than the policy spends."""
-        return max(1, math.ceil(_actions(self.allowed) / _actions(self.blocked) - 1e-9))
+        """The least number of tries that cost no fewer actions than the policy spends."""
+        counts = range(1, len(self.tries[0]) + 1)
+        return next((n for n in counts if self.spent(n) >= _actions(self.allowed) - 1e-9), counts[-1])
 
     def random(self) -> list[Rollout]:
-        """Deletes at random times, as many per legal state as the policy presses."""
-        legal = 0
+        """Deletes at random times: each token as often, per state in which it is legal, as the policy presses it."""
+        legal, pressed = Counter[int](), Counter[int]()
         for rollout in self.allowed:
             machine = Machine(self.policy.rules, self.budget)
             for action in rollout.actions:
-                legal += not set(self.policy.rules.deletes) <= set(machine.illegal())
+                legal.update(set(self.policy.rules.deletes).difference(machine.illegal()))
+                pressed[action] += 1
                 machine.step(action)
-        rate = sum(rollout.deletes for rollout in self.allowed) / max(1, legal)
-        options = {"rate": rate, "deletes": tuple(self.policy.rules.deletes)}
-        return self.roll(RandomDeletes(self.sampling.temperature, **options), self.budget.deletes)  # type: ignore[arg-type]
+        rates = tuple((token, pressed[token] / max(1, legal[token])) for token in self.policy.rules.deletes)
+        return self.roll(RandomDeletes(self.sampling.temperature, rates=rates), self.budget.deletes)
 
     def best_of(self, n: int) -> list[Rollout]:
         """The likeliest of the first n tries."""
@@ -151,34 +172,35 @@ class Examination:
         for arm, rollouts in found.items():
             out[arm] = measure(self.policy, self.task, self.rows, rollouts)
             if arm in ("best_of", "majority"):
-                spent = [tries[: self.n] for tries in self.tries]
-                actions = sum(len(r.actions) for tries in spent for r in tries) / len(self.rows)
-                out[arm] |= {"n": self.n, "actions_per_answer": actions}
+                out[arm] |= {"n": self.n, "actions_per_answer": self.spent(self.n)}
             if arm != "allowed":
                 out[arm]["allowed_above"] = paired(ours, self.right(rollouts))
         return out
 
     def curve(self) -> dict[str, list[list[float]]]:
         """Accuracy against actions: of the policy and of one blocked answer, if all must finish within a actions; of
-        n tries, n = 1, 2, ..., at their mean cost. Pairs [actions, accuracy]."""
+        the first n tries, n = 1, 2, ..., at what they cost. Pairs [actions, accuracy]."""
 
         def within(rollouts: list[Rollout]) -> list[list[float]]:
             right = self.right(rollouts)
             needed = sorted(len(r.actions) for r, good in zip(rollouts, right, strict=True) if good)
-            return [[float(a), sum(n <= a for n in needed) / len(rollouts)] for a in sorted(set(needed))]
+            return [[float(a), sum(n <= a for n in needed) / len(rollouts)] for a in sorted({0, *needed})]
 
-        cost = _actions(self.blocked)
+        counts = range(1, len(self.tries[0]) + 1)
         return {
             "allowed": within(self.allowed),
             "blocked": within(self.blocked),
             **{
-                name: [[n * cost, float(np.mean(self.right(pick(n))))] for n in range(1, TRIES + 1)]
+                name: [[self.spent(n), float(np.mean(self.right(pick(n))))] for n in counts]
                 for name, pick in (("best_of", self.best_of), ("majority", self.majority))
             },
         }
 
     def deletions(self) -> dict[str, float | None]:
         """What deleting did, a number each; shares are None where there is nothing to take them of.
+
+        Each going on is drawn once. So by sampled decoding `rescued` and `spoiled`, and `wrong_to_right` and
+        `right_to_wrong`, hold what chance turns both ways; their difference does not.
 
         first_attempt       accuracy had the token been blocked from each answer's first delete on
         rescued, spoiled    of all answers: wrong at first and right in the end; the other way round
@@ -256,11 +278,16 @@ class Examination:
         }
 
 
-def examine(policy: Policy, task: Task, rows: list[Row], budget: Budget, seed: int = 0) -> dict[str, Any]:
+def examine(
+    policy: Policy, task: Task, rows: list[Row], budget: Budget, seed: int = 0, most: int = TRIES
+) -> dict[str, Any]:
     """All of it, by decoding (sampled, greedy): `arms`, `deletions` and `curve` of `Examination`."""
     out: dict[str, Any] = {}
-    for how in DECODINGS:
-        of = Examination(policy, task, rows, budget, how, seed)
+    by = {how: Examination(policy, task, rows, budget, how, seed, most) for how in DECODINGS}
+    first = next(iter(by.values()))
+    first.most = max(most, *(of.needed for of in by.values()))
+    for how, of in by.items():
+        of.others = first.others  # sampled, and so the same for both
         out[how] = {"arms": of.arms(), "curve": of.curve()}
         if policy.rules.deletes:
             out[how]["deletions"] = of.deletions()

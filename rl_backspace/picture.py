@@ -74,7 +74,8 @@ def draw_study(verdicts: Sequence[Verdict], curves: dict[tuple[str, int, str], A
             mine = {key: c[verdict.decoding] for key, c in curves.items() if key[0] == verdict.experiment}
             for which, curve, colour, label in STUDY_LINES:
                 lines = [found["curve"][curve] for (_, _, whose), found in mine.items() if whose == which]
-                axes.plot(*_mean_line(lines), color=colour, label=label, linewidth=1.2)
+                steps = {"drawstyle": "steps-post"} if curve == "allowed" else {}
+                axes.plot(*_mean_line(lines), color=colour, label=label, linewidth=1.2, **steps)
             for arm, colour, marker, label in STUDY_POINTS:
                 x, y = verdict.actions[arm], verdict.accuracy[arm]
                 bars = {"xerr": _bar(x, 1), "yerr": _bar(y, 100)}

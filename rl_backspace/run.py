@@ -67,9 +67,11 @@ def train(experiment: Experiment, out: Path) -> Path:
             _raise_if(stop.asked)
             measure("after")
         if config.evaluation.controls:
-            folder.examined(examine(policy, experiment.task, rows, experiment.budget, config.seed))
+            most = config.evaluation.controls
+            folder.examined(examine(policy, experiment.task, rows, experiment.budget, config.seed, most))
         summary = summarise(stages, trainer, experiment.task.ceiling, time.time() - started)
         summary |= {"detector": detector, "warmup_actions": warmup_actions}
+        summary["reference_actions"] = reference_actions(experiment)
         folder.summarise(summary)
         publish(policy, folder)  # again, for its card has the results
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
@@ -159,6 +161,13 @@ def _rl(experiment: Experiment, folder: RunFolder, stop: StopOnInterrupt) -> Bac
     return trainer
 
 
+def reference_actions(experiment: Experiment) -> float:
+    """Mean length in tokens of reference answers with their end."""
+    answers = [row["answer"] for row in experiment.task.train[:1000]]
+    ids = experiment.policy.tokenizer(answers, add_special_tokens=False).input_ids
+    return sum(map(len, ids)) / len(ids) + 1
+
+
 def summarise(
     stages: dict[str, Any], trainer: BackspaceGRPOTrainer | None, ceiling: float | None, seconds: float
 ) -> dict[str, Any]:
@@ -184,6 +193,7 @@ def summarise(
         "forward_passes": trainer.forward_passes if trainer else 0,
         "actions": trainer.actions if trainer else 0,
         "deletes": trainer.deletes if trainer else 0,
+        "rollouts": trainer.rollouts if trainer else 0,
         "steps": trainer.state.global_step if trainer else 0,
         "seconds": round(seconds, 1),
         **({} if ceiling is None else {"ceiling": ceiling}),

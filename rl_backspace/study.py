@@ -18,7 +18,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,26 +27,33 @@ from pydantic import AfterValidator, Field
 
 from rl_backspace.compare import Estimate
 from rl_backspace.config import Config, Seed, Strict, is_name, override, parse, read_yaml, validate
-from rl_backspace.errors import UserError
-from rl_backspace.folder import RunFolder, atomically
-from rl_backspace.sweep import claimed, is_finished, move_aside, run_all, tell
+from rl_backspace.controls import TRIES
+from rl_backspace.errors import UserError, one_line
+from rl_backspace.experiment import WARMUP_DEFAULTS
+from rl_backspace.folder import RunFolder, atomically, is_run, refuse_existing
+from rl_backspace.sweep import claimed, is_finished, move_aside, resolve, run_all, tell
 
 DECODINGS = ("sampled", "greedy")
 ARMS = {
     "policy": "delete token",
-    "blocked": "the same, token blocked",
-    "random": "the same, deletes at random times",
-    "twin": "twin without a token",
-    "best_of": "twin, likeliest of n",
-    "majority": "twin, commonest of n",
+    "blocked": "blocked",
+    "own_tries": "blocked, n tries",
+    "random": "random times",
+    "twin": "twin",
+    "twin_tries": "twin, n tries",
 }
-RIVALS = ("twin", "best_of", "majority")
+RIVALS = ("blocked", "own_tries", "twin", "twin_tries")
 EXPLANATION = (
-    "Accuracy in %, mean over seeds {seeds} with its 95 % t-interval. The twin has no delete token and no fewer "
-    "training actions; n tries of it cost no fewer actions than the policy's answers. Bold: above the twin and its "
-    "tries, with intervals that do not overlap. Errors: the policy's, as a multiple of its best rival's."
+    "Accuracy in %, mean over seeds with its 95 % t-interval. *Blocked*: the same weights, deletes illegal. *Twin*: no "
+    "delete token, the same base, data and seed, and no fewer training actions. *n tries*: the better one, seed by "
+    "seed, of the likeliest and the commonest of n answers without deletes, the first greedy or all sampled; n is the "
+    "least number that costs no fewer actions than the policy's answers. *Random times*: as many deletes, whatever is "
+    "there. Bold: above blocked, twin and tries, with intervals that do not overlap. Errors: as a multiple of the best "
+    "rival's."
 )
 COLUMNS = ("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n")
+KEPT = "study.yaml"
+TWIN = ("delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "warmup.group=1")
 
 
 class Entry(Strict):
@@ -73,35 +80,44 @@ class Pair:
     def id(self) -> str:
         return f"{self.experiment}-{self.seed}"
 
+    def arguments(self, extra: Sequence[str] = ()) -> list[str]:
+        return [*self.overrides, f"seed={self.seed}", f"evaluation.controls={TRIES}", *extra]
+
     def config(self, extra: Sequence[str] = ()) -> Config:
         content = read_yaml(Path(self.file))
-        override(content, [*self.overrides, f"seed={self.seed}", "evaluation.controls=true", *extra])
+        override(content, self.arguments(extra))
         return parse(content)
 
     def command(self, out: Path, extra: Sequence[str] = ()) -> list[str]:
-        arguments = [*self.overrides, f"seed={self.seed}", "evaluation.controls=true", *extra]
-        return [sys.executable, "-m", "rl_backspace", "train", self.file, *arguments, "--out", str(out)]
+        return [sys.executable, "-m", "rl_backspace", "train", self.file, *self.arguments(extra), "--out", str(out)]
 
-    def twin(self, place: Path) -> list[str]:
-        """The overrides that make the twin of a policy that has run."""
-        config, summary = self.config(), RunFolder.open(place).summary()
-        assert summary is not None
-        length = summary["actions_per_answer"]["base"]["blocked"]["sampled"]  # of an answer without deletes
-        warmup, rl = config.warmup, config.trainer
-        examples = warmup.group * warmup.trainer.get("per_device_train_batch_size", 32)
-        rollouts = rl.get("per_device_train_batch_size", 8) * rl.get("gradient_accumulation_steps", 1)
-        changes = ["delete.tokens={}", "delete.budget=null", "warmup.clean=1"]
+    def twin(self, policy: Path) -> list[str]:
+        """The overrides that make the twin of a policy that has run.
+
+        Its warm-up sees as many answers in a step, each of another prompt, and has no KL term, which is there to mend
+        what deleting does. Its steps are the policy's, times what the policy's examples and rollouts were longer than
+        its own will be: than the shorter of reference answers and the base model's.
+        """
+        summary, warmup = _summary(policy), self.config().warmup
+        length = min(summary["reference_actions"], summary["actions_per_answer"]["base"]["blocked"]["sampled"])
+        changes = list(TWIN)
         if warmup.steps:
-            steps = math.ceil(summary["warmup_actions"] / examples / length)
-            changes.append(f"warmup.steps={max(warmup.steps, steps)}")
+            batch = warmup.trainer.get("per_device_train_batch_size", WARMUP_DEFAULTS["per_device_train_batch_size"])
+            examples = warmup.steps * warmup.group * batch * warmup.trainer.get("gradient_accumulation_steps", 1)
+            longer = max(1, summary["warmup_actions"] / examples / length)
+            changes += [
+                f"warmup.steps={math.ceil(warmup.steps * longer)}",
+                f"warmup.trainer.per_device_train_batch_size={batch * warmup.group}",
+            ]
         if summary["steps"]:
-            steps = math.ceil(summary["actions"] / rollouts / length)
-            changes.append(f"trainer.max_steps={max(summary['steps'], steps)}")
-        return changes
+            longer = max(1, summary["actions"] / summary["rollouts"] / length)
+            changes.append(f"trainer.max_steps={math.ceil(summary['steps'] * longer)}")
+        spent = max(_controls(policy)[how]["arms"]["allowed"]["actions_per_answer"] for how in DECODINGS)
+        return [*changes, f"evaluation.controls={max(TRIES, math.ceil(1.5 * spent / length))}"]
 
 
 def read(path: Path) -> tuple[Study, list[Pair]]:
-    """A study file, with every experiment of it checked.
+    """A study file, with the settings of every policy and twin checked.
 
     Raises:
         UserError: mistakes in it or in one of its experiments, a line each.
@@ -113,20 +129,28 @@ def read(path: Path) -> tuple[Study, list[Pair]]:
     pairs = [
         Pair(name, seed, entry.config, entry.set) for seed in study.seeds for name, entry in study.experiments.items()
     ]
+    if len(set(study.seeds)) < len(study.seeds):
+        problems.append(f"{path}: seeds: got {study.seeds}; give each once")
+    told: dict[str, list[str]] = {}
     for pair in pairs:
         try:
-            config = pair.config()
-            if "{seed}" in config.model or not config.delete.tokens:
-                raise UserError("a study trains the policy from its base model, with a delete token; change that key")
+            base = read_yaml(Path(pair.file))
         except UserError as error:
-            problems += [f"{path}: experiments.{pair.experiment}: {line}" for line in str(error).splitlines()]
+            problems.append(f"{path}: experiments.{pair.experiment}: {error}")
+            continue
+        config, lines = resolve(base, pair.arguments(), told)
+        if not lines:
+            lines = resolve(base, pair.arguments(TWIN), told)[1]
+        if config is not None and ("{seed}" in config.model or is_run(Path(config.model)) or not config.delete.tokens):
+            lines = ["a study trains the policy from its base model, with a delete token; change that key"]
+        problems += [f"{path}: experiments.{pair.experiment}: {line}" for line in lines]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return study, pairs
 
 
 def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool) -> int:
-    """Run what is left of a study, policies first and then their twins, and write what came out.
+    """Run what is left of a study, seed by seed the policies and then their twins, and write what came out.
 
     Returns:
         The exit code: 1 where a run failed, 130 where Ctrl-C ended it.
@@ -136,45 +160,63 @@ def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool) -> int:
     """
     study, pairs = read(path)
     folder = out or Path("runs") / study.name
+    if not (folder / KEPT).is_file():
+        refuse_existing(folder)
     policies = {pair.id: folder / pair.id / "policy" for pair in pairs}
     twins = {pair.id: folder / pair.id / "twin" for pair in pairs}
+    for pair in pairs:
+        _is_done(policies[pair.id], pair)
+        _is_done(twins[pair.id], pair, policies[pair.id])
     if dry_run:
         print(*(place for pair in pairs for place in (policies[pair.id], twins[pair.id])), sep="\n")
         return 0
-    failures: dict[str, str] = {}
+    failed, interrupted = False, False
     with claimed(folder) as lock:
+        text = path.read_bytes()
+        with atomically(folder / KEPT) as temporary:
+            temporary.write_bytes(text)
         try:
-            for places in (policies, twins):
-                ready = [pair for pair in pairs if places is policies or is_finished(policies[pair.id])]
-                commands: dict[str, list[str]] = {}
-                for pair in ready:
-                    place = places[pair.id]
-                    changes = [] if places is policies else pair.twin(policies[pair.id])
-                    if not _is_done(place, pair.config(changes)):
-                        move_aside(place)
-                        place.parent.mkdir(exist_ok=True)
-                        commands[pair.id] = pair.command(place, changes)
-                failed = run_all(commands, {pair.id: places[pair.id] for pair in ready}, jobs, lock)
-                tell(failed, places)
-                failures |= failed
+            for seed in study.seeds:
+                mine = [pair for pair in pairs if pair.seed == seed]
+                failed |= _run(mine, policies, {}, jobs, lock)
+                mine = [pair for pair in mine if is_finished(policies[pair.id])]
+                failed |= _run(mine, twins, policies, jobs, lock)
         except KeyboardInterrupt:
             print("interrupted; the same command does the others", file=sys.stderr)
-            return 130
-    complete = [pair for pair in pairs if is_finished(twins[pair.id])]
+            interrupted = True
+    complete = [pair for pair in pairs if is_finished(policies[pair.id]) and is_finished(twins[pair.id])]
     if complete:
-        write(study, complete, folder)
-    return 1 if failures else 0
+        write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+    return 130 if interrupted else int(failed)
 
 
-def _is_done(place: Path, config: Config) -> bool:
-    """Whether this run is there already.
+def _run(pairs: Sequence[Pair], places: Mapping[str, Path], policies: Mapping[str, Path], jobs: int, lock: int) -> bool:
+    """Run those that are not there; with `policies` they are their twins. Whether one failed, which is told."""
+    commands: dict[str, list[str]] = {}
+    for pair in pairs:
+        place, policy = places[pair.id], policies.get(pair.id)
+        if not _is_done(place, pair, policy):
+            move_aside(place)
+            place.parent.mkdir(exist_ok=True)
+            commands[pair.id] = pair.command(place, pair.twin(policy) if policy else [])
+    failures = run_all(commands, {pair.id: places[pair.id] for pair in pairs}, jobs, lock)
+    tell(failures, places)
+    return bool(failures)
+
+
+def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:
+    """Whether this run is there already; with `policy` it is its twin.
 
     Raises:
         UserError: another one is there.
     """
     if not is_finished(place):
         return False
-    if RunFolder.open(place).config() != config:
+    if policy and not is_finished(policy):
+        raise UserError(
+            f"{place}: a twin whose policy {policy} is not there; remove the twin, or bring the policy back"
+        )
+    if RunFolder.open(place).config() != pair.config(pair.twin(policy) if policy else []):
         raise UserError(f"{place}: made with another config, since the study or its experiment changed; give --out")
     return True
 
@@ -185,17 +227,18 @@ def _is_done(place: Path, config: Config) -> bool:
 def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
     """Accuracy, actions and deletes per answer of each arm: by experiment, seed and decoding."""
     for pair in pairs:
-        found, twin = (_controls(folder / pair.id / which) for which in ("policy", "twin"))
+        policy, twin = (_controls(folder / pair.id / which) for which in ("policy", "twin"))
         for how in DECODINGS:
-            arms, theirs = found[how]["arms"], twin[how]
+            arms = policy[how]["arms"]
             spent = arms["allowed"]["actions_per_answer"]
-            cells = {"policy": arms["allowed"], "blocked": arms["blocked"], "random": arms["random"]}
-            cells["twin"] = theirs["arms"]["allowed"]
-            for arm in ("best_of", "majority"):
-                tries = theirs["curve"][arm]
-                n = next((n for n, (actions, _) in enumerate(tries, 1) if actions >= spent - 1e-9), len(tries))
-                actions, accuracy = tries[n - 1]
-                cells[arm] = {"accuracy": accuracy, "actions_per_answer": actions, "deletes_per_answer": 0.0, "n": n}
+            cells = {
+                "policy": arms["allowed"],
+                "blocked": arms["blocked"],
+                "own_tries": _tries(policy, how, spent),
+                "random": arms["random"],
+                "twin": twin[how]["arms"]["allowed"],
+                "twin_tries": _tries(twin, how, spent),
+            }
             for arm, cell in cells.items():
                 yield {
                     "experiment": pair.experiment,
@@ -209,11 +252,36 @@ def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
                 }
 
 
+def _tries(found: Any, how: str, spent: float) -> dict[str, float]:
+    """The best use of tries that cost no fewer actions than this: the likeliest or the commonest, of this decoding's
+    and sampled ones or of sampled ones alone."""
+    choices = []
+    for decoding in dict.fromkeys((how, "sampled")):
+        for arm in ("best_of", "majority"):
+            tries = found[decoding]["curve"][arm]
+            n = next((n for n, (actions, _) in enumerate(tries, 1) if actions >= spent - 1e-9), len(tries))
+            actions, accuracy = tries[n - 1]
+            choices.append({"accuracy": accuracy, "actions_per_answer": actions, "deletes_per_answer": 0.0, "n": n})
+    return max(choices, key=lambda choice: choice["accuracy"])
+
+
 def _controls(run: Path) -> Any:
+    return _content(run, "controls.json", lambda found: [found[how]["arms"]["allowed"] for how in DECODINGS])
+
+
+def _summary(run: Path) -> Any:
+    keys = ("seconds", "warmup_actions", "actions", "rollouts", "reference_actions", "steps")
+    return _content(run, "summary.json", lambda found: [found[key] for key in keys])
+
+
+def _content(run: Path, file: str, check: Callable[[Any], Any]) -> Any:
+    """What a run's file holds; raises UserError where that is not what `train` writes."""
     try:
-        return json.loads((run / "controls.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: controls.json cannot be read ({error}); remove the run and start again") from error
+        found = json.loads((run / file).read_text(encoding="utf-8"))
+        check(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: {file} is not what `train` writes ({one_line(error)}); remove the run") from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -221,124 +289,165 @@ class Verdict:
     """One experiment by one decoding, over seeds.
 
     Attributes:
-        accuracy, actions, deletes: by arm.
+        seeds: how many.
+        accuracy, actions, deletes, n: by arm.
         above: the policy over each other arm, seed by seed.
-        errors: the policy's share of the errors of its best rival.
-        rival: that rival's arm.
-        beats: whether the policy's interval lies above that of every rival.
-        gone: whether, blocked, it is no longer above the twin.
+        left: blocked over the twin, seed by seed: what of the gain is there without deleting.
+        rival: the arm that is best of those without deletes.
     """
 
     experiment: str
     decoding: str
+    seeds: int
     accuracy: dict[str, Estimate]
     actions: dict[str, Estimate]
     deletes: dict[str, Estimate]
+    n: dict[str, Estimate]
     above: dict[str, Estimate]
-    errors: float
+    left: Estimate
     rival: str
-    beats: bool
-    gone: bool
+
+    @property
+    def beats(self) -> bool:
+        """Whether the policy's interval lies above that of every rival, and no tries spend fewer actions."""
+        mine = self.accuracy["policy"]
+        fair = all(self.actions[arm].mean >= self.actions["policy"].mean - 1e-9 for arm in ("own_tries", "twin_tries"))
+        return self.seeds > 1 and fair and all(mine.low > self.accuracy[arm].high for arm in RIVALS)  # type: ignore[operator]
+
+    @property
+    def errors(self) -> float | None:
+        """The policy's errors as a multiple of its best rival's; None where that makes none."""
+        theirs = 1 - self.accuracy[self.rival].mean
+        return (1 - self.accuracy["policy"].mean) / theirs if theirs > 0 else None
+
+    @property
+    def blocking(self) -> str:
+        """Whether blocking the token takes the gain over the twin away."""
+        gain = self.above["twin"]
+        if self.seeds < 2 or gain.low <= 0:  # type: ignore[operator]
+            return "no gain is shown"
+        if self.left.high < gain.mean / 2:  # type: ignore[operator]
+            return "the gain goes"
+        return "some of the gain stays" if self.left.low > 0 else "what stays cannot be told"  # type: ignore[operator]
 
 
 def verdicts(records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """What the rows come to, for each experiment and decoding."""
-    out = []
+    found = []
     for experiment in dict.fromkeys(record["experiment"] for record in records):
         for how in DECODINGS:
             mine = [r for r in records if (r["experiment"], r["decoding"]) == (experiment, how)]
             columns = {
-                key: {arm: [r[key] for r in mine if r["arm"] == arm] for arm in ARMS}
-                for key in ("accuracy", "actions", "deletes")
+                key: {arm: [float(r[key]) for r in mine if r["arm"] == arm] for arm in ARMS}
+                for key in ("accuracy", "actions", "deletes", "n")
             }
-            accuracy = {arm: Estimate.of(values) for arm, values in columns["accuracy"].items()}
-            above = {
-                arm: Estimate.of([a - b for a, b in zip(columns["accuracy"]["policy"], values, strict=True)])
-                for arm, values in columns["accuracy"].items()
-                if arm != "policy"
-            }
-            rival = max(RIVALS, key=lambda arm: accuracy[arm].mean)
-            left = 1 - accuracy[rival].mean
-            out.append(
+            right = columns["accuracy"]
+            others = [arm for arm in ARMS if arm != "policy"]
+            found.append(
                 Verdict(
                     experiment,
                     how,
-                    accuracy,
-                    {arm: Estimate.of(values) for arm, values in columns["actions"].items()},
-                    {arm: Estimate.of(values) for arm, values in columns["deletes"].items()},
-                    above,
-                    (1 - accuracy["policy"].mean) / left if left else math.nan,
-                    rival,
-                    all(_low(accuracy["policy"]) > _high(accuracy[arm]) for arm in RIVALS),
-                    _low(accuracy["blocked"]) <= _high(accuracy["twin"]),
+                    len(right["policy"]),
+                    **{
+                        key: {arm: Estimate.of(values) for arm, values in arms.items()} for key, arms in columns.items()
+                    },
+                    above={arm: _over(right["policy"], right[arm]) for arm in others},
+                    left=_over(right["blocked"], right["twin"]),
+                    rival=sorted(RIVALS, key=lambda arm, right=right: sum(right[arm]))[-1],  # type: ignore[misc]
                 )
             )
-    return out
+    return found
 
 
-def write(study: Study, pairs: Sequence[Pair], folder: Path) -> None:
-    """results.csv, results.md and results.png in the study's folder; the table on the terminal too."""
+def _over(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    return Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> None:
+    """results.csv, results.md and results.png in the study's folder, and the page on the terminal."""
     from rl_backspace.picture import draw_study
 
     records = list(rows(pairs, folder))
     found = verdicts(records)
-    places = [folder / pair.id / which for pair in pairs for which in ("policy", "twin")]
-    seconds = sum((RunFolder.open(place).summary() or {})["seconds"] for place in places)
-    text = page(study, found, len(places), seconds)
-    with atomically(folder / "results.csv") as temporary:
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        temporary.write_text(stream.getvalue(), encoding="utf-8")
-    with atomically(folder / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    text = page(found, pairs, missing, folder)
+    print(text)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    for name, content in (("results.csv", stream.getvalue()), ("results.md", text)):
+        with atomically(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     with atomically(folder / "results.png") as temporary:
         curves = {(p.experiment, p.seed, w): _controls(folder / p.id / w) for p in pairs for w in ("policy", "twin")}
         draw_study(found, curves, temporary)
-    print(text)
 
 
-def page(study: Study, found: Sequence[Verdict], runs: int, seconds: float) -> str:
+def page(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
     """The table and what it says, in Markdown; every number from the results."""
-    lines = [
-        "| task | decoding | delete token | blocked | random times | twin | likeliest of n | commonest of n | errors |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = [f"| task | decoding | {' | '.join(ARMS.values())} | errors |", f"|---|---|{'---:|' * (len(ARMS) + 1)}"]
     for one in found:
-        cells = [_percent(one.accuracy[arm]) for arm in ARMS]
-        cells[0] = f"**{cells[0]}**" if one.beats else cells[0]
-        cells[-2] += f" (n = {one.actions['best_of'].mean / one.actions['twin'].mean:.2g})"
-        lines.append(f"| {one.experiment} | {one.decoding} | {' | '.join(cells)} | × {one.errors:.2f} |")
+        cells = {arm: _percent(one.accuracy[arm]) for arm in ARMS}
+        if one.beats:
+            cells["policy"] = f"**{cells['policy']}**"
+        for arm in ("own_tries", "twin_tries"):
+            cells[arm] += f" (n {one.n[arm].mean:.3g})"
+        errors = "–" if one.errors is None else f"× {one.errors:.2f}"
+        lines.append(f"| {one.experiment} | {one.decoding} | {' | '.join(cells.values())} | {errors} |")
     tasks = dict.fromkeys(one.experiment for one in found)
     won = [task for task in tasks if all(one.beats for one in found if one.experiment == task)]
-    lines += ["", EXPLANATION.format(seeds=", ".join(map(str, study.seeds))), ""]
     lines += [
+        "",
+        EXPLANATION,
+        "",
         f"The delete token wins {sum(one.beats for one in found)} of {len(found)} comparisons; by both decodings on "
         f"{', '.join(won) if won else 'no task'}.",
         "",
     ]
     for one in found:
-        gap = 100 * (one.accuracy["blocked"].mean - one.accuracy["twin"].mean)
         lines += [
             f"- {one.experiment}, {one.decoding}: {_percent(one.above['twin'], '+')} over the twin, "
-            f"{_percent(one.above[one.rival], '+')} over its best rival ({ARMS[one.rival]}). Blocked it is {gap:+.1f} "
-            f"points from the twin: the gain is {'gone' if one.gone else 'not gone'}. "
-            f"{one.actions['policy'].mean:.1f} actions and {one.deletes['policy'].mean:.2f} deletes per answer; the "
-            f"twin {one.actions['twin'].mean:.1f} actions."
+            f"{_percent(one.above[one.rival], '+')} over its best rival ({ARMS[one.rival]}). Blocked it is "
+            f"{_percent(one.left, '+')} from the twin: {one.blocking}. {one.actions['policy'].mean:.1f} actions and "
+            f"{one.deletes['policy'].mean:.2f} deletes per answer; the twin {one.actions['twin'].mean:.1f} actions."
         ]
-    return "\n".join([*lines, "", f"Compute: {runs} runs, {seconds / 3600:.1f} hours of one core in all.", ""])
+    lines += ["", *_training(pairs, folder)]
+    if missing:
+        lines += ["", f"Not there, and not counted: {', '.join(missing)}."]
+    return "\n".join([*lines, ""])
+
+
+def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
+    """What each side was trained on, and what that took."""
+    lines, seconds = [], 0.0
+    for experiment in dict.fromkeys(pair.experiment for pair in pairs):
+        mine = [pair for pair in pairs if pair.experiment == experiment]
+        policies, twins = ([_summary(folder / pair.id / which) for pair in mine] for which in ("policy", "twin"))
+        seconds += sum(summary["seconds"] for summary in (*policies, *twins))
+        counted = ("warmup_actions", "actions")
+        (warm, rl), (twin_warm, twin_rl) = (
+            [sum(s[key] for s in side) for key in counted] for side in (policies, twins)
+        )
+        fewer = any(twin[key] < policy[key] for policy, twin in zip(policies, twins, strict=True) for key in counted)
+        checked = "; its corrections are labelled by the task's check of prefixes" if _is_checked(mine[0]) else ""
+        lines.append(
+            f"- {experiment}, seeds {', '.join(str(pair.seed) for pair in mine)}: trained on {warm:,} actions in the "
+            f"warm-up and {rl:,} in RL{checked}. The twin: {twin_warm:,} and {twin_rl:,}"
+            f"{', FEWER for some seed' if fewer else ''}."
+        )
+    took = f"- {2 * len(pairs)} runs took {seconds / 3600:.1f} hours in all. The settings were chosen for the policy."
+    return [*lines, took]
+
+
+def _is_checked(pair: Pair) -> bool:
+    """Whether corrections ask the task which prefixes can come right."""
+    from rl_backspace.plugins import load_task
+
+    config = pair.config()
+    task = load_task(config.task.model_dump(), config.seed)
+    return config.warmup.labels == "prefixes" and task.without_checks().alive is not task.alive
 
 
 def _percent(value: Estimate, sign: str = "") -> str:
-    return f"{100 * value.mean:{sign}.1f}" + (
-        "" if value.low is None else f" ± {50 * (_high(value) - _low(value)):.1f}"
-    )
-
-
-def _low(value: Estimate) -> float:
-    return value.mean if value.low is None else value.low
-
-
-def _high(value: Estimate) -> float:
-    return value.mean if value.high is None else value.high
+    half = "" if value.low is None or value.high is None else f" ± {50 * (value.high - value.low):.1f}"
+    return f"{100 * value.mean:{sign}.1f}{half}"

@@ -83,15 +83,15 @@ def check(sweep: Sweep) -> dict[str, Config]:
     except UserError as error:
         raise UserError(f"{sweep.path}: command: {error}") from error
     told: dict[str, list[str]] = {}
-    in_file = set(_resolve(base, [], told)[1])
-    in_command = set(_resolve(base, sweep.overrides(None), told)[1])
+    in_file = set(resolve(base, [], told)[1])
+    in_command = set(resolve(base, sweep.overrides(None), told)[1])
     problems: dict[str, str] = {}
     configs: dict[str, Config] = {}
     alike: dict[str, str] = {}
     for run in sweep.runs:
         changed = [f"{name}: {line}" for name, value in run.values.items() if (line := _changed(value))]
         problems.update({line: f"{sweep.path}: parameters.{line}" for line in changed})
-        config, lines = _resolve(base, sweep.overrides(run), told) if not changed else (None, [])
+        config, lines = resolve(base, sweep.overrides(run), told) if not changed else (None, [])
         for line in lines:
             its = f"command: {line}" if line in in_command else _blame(line, run)
             problems.setdefault(line, f"{sweep.config}: {line}" if line in in_file else f"{sweep.path}: {its}")
@@ -105,7 +105,7 @@ def check(sweep: Sweep) -> dict[str, Config]:
     return configs
 
 
-def _resolve(
+def resolve(
     base: Mapping[str, Any], overrides: list[str], told: dict[str, list[str]]
 ) -> tuple[Config | None, list[str]]:
     """A run's config and what is wrong with it. What many runs share is checked once; `told` keeps what it said."""
@@ -260,7 +260,7 @@ def claimed(folder: Path) -> Iterator[int]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{folder}: runs of this sweep are going on; wait for them, or end them") from error
+                raise UserError(f"{folder}: its runs are going on; wait for them, or end them") from error
             yield stream.fileno()
     except OSError as error:
         said = error.strerror or error

@@ -62,7 +62,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         self.keyboard = keyboard_of(task, policy)
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p or 0.0)
         self.logp_gap_max = 0.0
-        self.forward_passes = self.actions = self.deletes = 0
+        self.rollouts = self.forward_passes = self.actions = self.deletes = 0
         self._rollouts: list[Rollout] = []
         self._rollout_step = -1
         self._sampled: Tensor | None = None  # (B, K) log-probs of the rollouts that are being scored
@@ -89,6 +89,7 @@ class BackspaceGRPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():  # as scoring does
             rollouts = self.engine.run(self.policy.encode(prompts), self.budget, self.sampling, self._generator)
         self._rollouts, self._rollout_step = rollouts, self.state.global_step
+        self.rollouts += len(rollouts)
         self.forward_passes += sum(rollout.forward_passes for rollout in rollouts)
         self.actions += sum(len(rollout.actions) for rollout in rollouts)
         self.deletes += sum(rollout.deletes for rollout in rollouts)

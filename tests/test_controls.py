@@ -42,7 +42,7 @@ class Scripted(Engine):
         prompts = policy.encode([row["prompt"] for row in TASK.test])
         self.rows_by_prompt = {tuple(ids): row for ids, row in zip(prompts, TASK.test, strict=True)}
         signs = (policy.tokenizer.convert_tokens_to_ids(sign) for sign in "+-")
-        (delete,) = policy.rules.deletes
+        delete = min(policy.rules.deletes)
         self.ids = dict(zip("+-.<", (*signs, policy.tokenizer.eos_token_id, delete), strict=True))
 
     def _sample(self, hidden: Tensor, rows: list[Running], *rest: Any) -> Any:
@@ -201,9 +201,61 @@ def test_the_curve_counts_what_is_right_in_time(made: Policy) -> None:
     for actions, accuracy in curve["allowed"]:
         finished = [len(r.actions) <= actions and good for r, good in zip(of.allowed, right, strict=True)]
         assert accuracy == pytest.approx(np.mean(finished))
-    assert curve["allowed"][-1][1] == 1.0 and curve["allowed"][0][0] == 4
+    assert curve["allowed"][:2] == [[0.0, 0.0], [4.0, curve["allowed"][1][1]]] and curve["allowed"][-1][1] == 1.0
     assert curve["best_of"][0] == [of.arms()["blocked"]["actions_per_answer"], of.arms()["blocked"]["accuracy"]]
-    assert [round(actions / curve["best_of"][0][0]) for actions, _ in curve["best_of"]] == list(range(1, 9))
+    for n, (actions, _) in enumerate(curve["majority"], 1):
+        assert actions == pytest.approx(np.mean([sum(len(r.actions) for r in tries[:n]) for tries in of.tries]))
+
+
+def test_tries_count_what_they_take_and_not_what_the_first_one_took(made: Policy) -> None:
+    """Greedy, `+` to the end of the budget; sampled, mostly shorter answers."""
+
+    def rambling(row: dict[str, Any], text: str, rollout: Running) -> dict[str, float]:
+        return {"+": 0.4, ".": 0.3, "-": 0.3, "<": 0.35} if len(text) > 1 else {"+": 1.0}
+
+    of = examination(made, rambling, "greedy")
+    costs = [actions for actions, _ in of.curve()["best_of"]]
+    assert costs[0] == 5 and costs[1] - costs[0] < 4.5
+    allowed = sum(len(r.actions) for r in of.allowed) / len(of.rows)
+    assert costs[of.n - 1] >= allowed and (of.n == 1 or costs[of.n - 2] < allowed)
+
+
+def test_each_of_several_tokens_is_pressed_at_random_as_often_as_the_policy_presses_it(made: Policy) -> None:
+    (delete,) = made.rules.deletes
+    again = made.tokenizer.convert_tokens_to_ids("~")
+    rules = Rules({delete: "token", again: "answer"}, made.rules.eos, "erase", "free")
+
+    def rash(row: dict[str, Any], text: str, rollout: Running) -> dict[str, float]:
+        return {**typing(text), "<": 0.05, "~": 0.2} if text else typing(text)
+
+    of = examination(Policy(made.model, made.tokenizer, rules), rash)
+    of.engine.ids |= {"<": delete, "~": again}  # type: ignore[attr-defined]
+    counts = [[sum(r.actions.count(t) for r in rolls) for t in (delete, again)] for rolls in (of.allowed, of.random())]
+    assert counts[0][1] > 3 * counts[0][0] > 100
+    assert counts[1] == pytest.approx(counts[0], rel=0.25)
+
+
+def test_each_deletion_is_judged_by_what_it_changed(made: Policy) -> None:
+    """From `+` to `-` and back again, one deletion each: the two change the outcome in opposite ways."""
+    free = Rules(made.rules.deletes, made.rules.eos, "erase", "free")
+
+    def fickle(row: dict[str, Any], text: str, rollout: Running) -> dict[str, float]:
+        deleted = rollout.machine.deleted
+        if len(text) == 3:
+            return {".": 1.0}
+        if not text:
+            return {"-": 1.0} if deleted == 1 else {"+": 1.0}
+        return {"+": 1.0, "<": 1e9} if len(text) == 1 and deleted < 2 else {"+": 1.0}
+
+    of = examination(Policy(made.model, made.tokenizer, free), fickle, "greedy")
+    did = of.deletions()
+    plus, minus = ([TASK.correct(row, text) for row in TASK.test] for text in ("+++", "-++"))
+    lost = np.mean([a and not b for a, b in zip(plus, minus, strict=True)])
+    won = np.mean([b and not a for a, b in zip(plus, minus, strict=True)])
+    assert did["runs_per_answer"] == 2 and did["first_attempt"] == np.mean(plus) and lost + won > 0
+    # before the first run it would be +++; after it, -++; before the second -++; after it, +++
+    assert did["right_to_wrong"] == pytest.approx((lost + won) / 2) and did["wrong_to_right"] == did["right_to_wrong"]
+    assert did["rescued"] == did["spoiled"] == 0
 
 
 def test_examining_is_evaluating_and_more(made: Policy) -> None:
