@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rl_backspace.backbone import Backbone, causal_lm
+from rl_backspace.backbone import Backbone, causal_lm, evaluating
 from rl_backspace.config import Delete, Lora
 from rl_backspace.engine import GREEDY, Engine, Rollout, Sampling
 from rl_backspace.errors import UserError, first_line, nearest, one_line
@@ -138,13 +138,9 @@ class Policy:
         ids, mask = batched([r.prompt for r in rollouts], [r.actions for r in rollouts], pad=0)
         device = causal_lm(self.model).device
         steps = max(len(rollout.actions) for rollout in rollouts)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            packed = pack(ids.to(device), mask.to(device), steps, self.rules, budget)
+        packed = pack(ids.to(device), mask.to(device), steps, self.rules, budget)
+        with evaluating(causal_lm(self.model)):
             logprobs, _ = score(self.model, packed, temperature)
-        finally:
-            self.model.train(was_training)
         return [row[: len(rollout.actions)] for row, rollout in zip(logprobs, rollouts, strict=True)]
 
     @property
