@@ -23,6 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rl_backspace.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
+NOT_NUMBERS = (
+    "the model's logits are not numbers: its weights are damaged or overflow its dtype, or training diverged; "
+    "load other weights, take float32 or bfloat16, or train with a lower learning rate"
+)
 BLOCK = 16  # the cache grows by this many positions: reading a part of longer rows is slower than copying now and then
 
 
@@ -311,6 +315,8 @@ def check(backbone: Backbone) -> None:
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
+    if expected.isnan().any():
+        raise UserError(NOT_NUMBERS)
     gap = max((logits.float() - expected).abs().max().item() for logits in (rewound, packed))
     allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
     if not gap <= allowed * max(1.0, expected.abs().max().item()):

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from rl_backspace.backbone import Backbone, PointerCache, check, evaluating
+from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, evaluating
 from rl_backspace.errors import UserError
 from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rules, replay
 
@@ -286,10 +286,7 @@ class Engine:
         possible = chosen.isfinite() & (actions >= 0)
         if not possible.all():  # a row of -inf is nan after the softmax
             if logits.isnan().any():
-                raise UserError(
-                    "the model's logits are not numbers: its weights are damaged or overflow its dtype, or training "
-                    "diverged; load other weights, take float32 or bfloat16, or train with a lower learning rate"
-                )
+                raise UserError(NOT_NUMBERS)
             actions = actions.masked_fill(~possible, -1)
         return actions.tolist(), chosen.tolist()
 
