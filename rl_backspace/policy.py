@@ -466,7 +466,7 @@ def _rules(saved: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rule
     try:
         rules = Rules.of(saved)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: no whole adapter or model of rl-backspace here ({error})") from error
     vocabulary = tokenizer.get_vocab()
     for text in saved["tokens"]:
         if text not in vocabulary:

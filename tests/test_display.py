@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import time
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from rl_backspace.corrections import Correction, Mistake
 from rl_backspace.detector import State, summarise
 from rl_backspace.display import (
+    TypingStreamer,
     console,
     correction_lines,
     correction_record,
@@ -242,3 +244,30 @@ def test_the_detectors_table_has_a_row_for_each_source() -> None:
         "samples": ["75.0", "50.0", "–", "50.0", "–", "50.0", "100.0", "0.0"],
         "uncertain": ["–"] * 8,
     }
+
+
+def test_a_typing_streamer_can_be_used_again_and_ended_before_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=60, highlight=False, markup=False)
+    monkeypatch.setattr("rl_backspace.display.console", terminal)
+    streamer = TypingStreamer(TOKENIZER, "question ")
+    streamer.end()
+    shown = []
+    for text in ("12$", "3<4$"):
+        streamer.begin(rules())
+        for action in typed(text):
+            streamer.put_action(action)
+        streamer.end()
+        shown.append(out.getvalue())
+        out.truncate(out.seek(0))
+    up = "\x1b[1A"  # a cursor that goes up erases what stands there
+    assert "question" in shown[1] and up not in shown[1].partition("question")[0]
+    assert "12" in shown[0] and "4" in shown[1]
+
+
+def test_a_long_trace_is_shown_in_time() -> None:
+    generator = random.Random(0)
+    trace = [BACK if i % 8 == 7 else generator.randrange(5, 40) for i in range(4000)]
+    begin = time.perf_counter()
+    line = strike(trace, TOKENIZER, rules())
+    assert time.perf_counter() - begin < 2 and len(line.spans) > 900

@@ -358,6 +358,17 @@ def test_the_command_exports(tmp_path: Path) -> None:
         assert json.loads(record)["actions"] == expected.actions
 
 
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+def test_generate_keeps_to_a_short_context_by_itself(memory: str, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", max_position_embeddings=48)
+    create(str(base), Delete(memory=memory), Lora(**LORA), seed=0).save(tmp_path / "adapter")  # type: ignore[arg-type]
+    record = json.loads(call("generate", tmp_path / "adapter", PROMPTS[0], "--bias", 1, "--json").out)
+    assert len(record["actions"]) > 1
+    said = call("generate", tmp_path / "adapter", PROMPTS[0], "--tokens", 50)
+    assert said.code == 2 and "--tokens" in said.errors[0] and "max_new_tokens" in said.errors[0]
+    assert "limit is 48" in call("generate", tmp_path / "adapter", "1" * 60).errors[0]
+
+
 # refusals
 
 
