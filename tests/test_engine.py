@@ -12,6 +12,7 @@ from conftest import DELETE, EOS, VOCAB, tiny
 
 from rl_backspace.engine import GREEDY, Engine, Sampling, draw
 from rl_backspace.errors import UserError
+from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Rules, replay
 
 WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
@@ -378,3 +379,12 @@ def test_it_goes_on_from_where_a_rollout_was_cut(memory: str, retry: str) -> Non
         assert (first.actions, first.visible, first.end) == (second.actions, second.visible, second.end)
         assert all(math.isnan(logprob) for logprob in second.logprobs[:cut])
         assert second.logprobs[cut:] == pytest.approx(first.logprobs[cut:], abs=1e-4)
+
+
+def test_a_keyboard_is_not_told_of_choices_that_were_none() -> None:
+    class Never(Sampling):
+        def choose(self, logits: torch.Tensor, *rest: object) -> torch.Tensor:
+            return torch.full((len(logits),), -1)
+
+    played = Keyboard(0.5, (5, 6), frozenset([EOS]))
+    assert Engine(tiny(), rules(), keyboard=played).run([[3]], Budget(5), Never())[0].end == "stuck"
