@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ _HOME = {
     "replay": "semantics",
 }  # what the package offers, and the module it is imported from when it is first asked for
 __all__ = [
-    "BackspaceEnv",
     "Budget",
     "Engine",
     "Machine",
@@ -44,9 +45,18 @@ __all__ = [
     "load",
     "replay",
 ]
+with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("gymnasium"):
+        __all__ += ["BackspaceEnv"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'rl_backspace' has no attribute {name!r}")
+    if name == "BackspaceEnv" and name not in __all__:
+        raise AttributeError("BackspaceEnv needs gymnasium: pip install 'rl-backspace[gym]'")
     return getattr(importlib.import_module(f"rl_backspace.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,9 +7,11 @@ full attention over stored keys and values, and for nothing else: `check` says w
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rl_backspace.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
+NOT_NUMBERS = (
+    "the model's logits are not numbers: its weights are damaged or overflow its dtype, or training diverged; "
+    "load other weights, take float32 or bfloat16, or train with a lower learning rate"
+)
 BLOCK = 16  # the cache grows by this many positions: reading a part of longer rows is slower than copying now and then
 
 
@@ -95,9 +101,14 @@ class PointerCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
+    @property
+    def length(self) -> int:
+        """Entries per row, used or not."""
+        return self.layers[0].length
+
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` entries."""
-        if length > self.layers[0].length:
+        if length > self.length:
             for layer in self.layers:
                 layer.grow(max(length, min(-(-length // BLOCK) * BLOCK, self.capacity)))
 
@@ -107,7 +118,7 @@ class PointerCache(Cache):
         rows = torch.arange(len(pointers), device=pointers.device)
         for layer in self.layers:
             layer.rows, layer.pointers = rows, pointers
-        return self.layers[0].length
+        return self.length
 
 
 class Backbone:
@@ -148,15 +159,20 @@ class Backbone:
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
-        mask = torch.arange(cache.point(pointers), device=ids.device) <= pointers[:, None]
-        with _decode_attention(self.causal):
+        allowed = (torch.arange(cache.point(pointers), device=ids.device) <= pointers[:, None])[:, None, None]
+        causal = self.causal
+        fast = causal.config._attn_implementation == "sdpa" and (causal.device.type, causal.dtype) == FAST_ON
+        token = _one_query.set(fast)
+        try:
             out = self.body(
                 input_ids=ids[:, None],
-                attention_mask=attention_mask(self.causal, mask[:, None, None]),
+                attention_mask=_added(causal, allowed) if fast else attention_mask(causal, allowed),
                 position_ids=pointers[:, None],
                 past_key_values=cache,
                 use_cache=True,
             )
+        finally:
+            _one_query.reset(token)
         return out.last_hidden_state[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -188,22 +204,49 @@ def one_query_attention(
     return (scores.softmax(-1) @ value).reshape(rows, 1, heads, value.shape[3]), None
 
 
-ONE_QUERY = "rl_backspace_one_query"
-ALL_ATTENTION_FUNCTIONS.register(ONE_QUERY, one_query_attention)
+FAST_ON = ("cpu", torch.float32)  # where `one_query_attention` takes sdpa's place
+_one_query: ContextVar[bool] = ContextVar("one_query", default=False)  # of this thread: its decode step runs
+
+
+def _dispatching(stock: Any) -> Any:
+    """transformers' sdpa, but within a decode step of the engine in this thread `one_query_attention`."""
+
+    def sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _one_query.get():
+            return one_query_attention(module, *args, **kwargs)
+        return stock(module, *args, **kwargs)
+
+    sdpa.stock = stock  # type: ignore[attr-defined]
+    return sdpa
+
+
+_sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+if _sdpa.__module__ == __name__:  # this file was run before: an exported folder's code may be loaded again
+    _sdpa = _sdpa.stock
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _dispatching(_sdpa))
+
+
+_modes: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
-def _decode_attention(causal: PreTrainedModel) -> Iterator[None]:
-    """Inside, a float32 model on CPU that uses sdpa uses `one_query_attention`."""
-    config = causal.config
-    if config._attn_implementation != "sdpa" or causal.device.type != "cpu" or causal.dtype != torch.float32:
-        yield
-        return
-    config._attn_implementation = ONE_QUERY
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while this lasts in any thread; then each submodule is in the mode that it was in."""
+    with _lock:
+        users, training = _modes.get(model) or (0, [part for part in model.modules() if part.training])
+        _modes[model] = users + 1, training
+        model.eval()
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        with _lock:
+            users, training = _modes.pop(model)
+            if users > 1:
+                _modes[model] = users - 1, training
+            else:
+                for part in training:
+                    part.training = True
 
 
 def causal_lm(model: Any) -> Any:
@@ -223,8 +266,11 @@ def attention_mask(causal: Any, allowed: Tensor) -> Tensor:
 
     sdpa takes booleans; the others add the mask to their scores, where a boolean would be silently wrong.
     """
-    if causal.config._attn_implementation == "sdpa":
-        return allowed
+    return allowed if causal.config._attn_implementation == "sdpa" else _added(causal, allowed)
+
+
+def _added(causal: Any, allowed: Tensor) -> Tensor:
+    """The mask as it is added to scores."""
     floats = torch.zeros(allowed.shape, dtype=causal.dtype, device=allowed.device)
     return floats.masked_fill_(~allowed, torch.finfo(causal.dtype).min)
 
@@ -249,10 +295,8 @@ def check(backbone: Backbone) -> None:
     vocab = backbone.config.vocab_size
     ids = (torch.arange(1, 7, device=backbone.device) * 7919) % vocab
     forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
-    was_training = backbone.causal.training
-    backbone.causal.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(backbone.causal):
             _, prefilled = backbone.prefill(ids[None, :2])
             cache = PointerCache(prefilled, rows=1, capacity=5)
             cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
@@ -271,8 +315,8 @@ def check(backbone: Backbone) -> None:
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
-    finally:
-        backbone.causal.train(was_training)
+    if expected.isnan().any():
+        raise UserError(NOT_NUMBERS)
     gap = max((logits.float() - expected).abs().max().item() for logits in (rewound, packed))
     allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
     if not gap <= allowed * max(1.0, expected.abs().max().item()):

@@ -214,35 +214,42 @@ def generate(
 
     policy, rows, budget, keyboard = _open_for_prompts(run)
     asked: list[Any] = _asked(prompts or [], file)
-    if asked and rows and isinstance(rows[0]["prompt"], list):
+    if final and as_json:
+        raise UserError("--final and --json: got both; expected one of them")
+    if asked and policy.chat:
         asked = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
     if not asked and not rows:
         raise UserError(f"{run}: no run, so no task with prompts; give one, or - for standard input, or --file")
     asked = asked or [row["prompt"] for row in rows[:3]]
-    if tokens is not None:
-        budget = Budget(tokens, ACTIONS_PER_TOKEN * tokens)
-    budget = replace(budget, deletes=0 if blocked else None, window=window)
     engine = Engine(policy.model, policy.rules, keyboard=keyboard)
     sampling = Sampling(temperature, top_p=top_p, delete_bias=bias)
     encoded = policy.encode(asked)
+    if tokens is None and budget is None:
+        tokens = max(1, min(ANSWER, engine.room(encoded)))
+    if tokens is not None:
+        budget = Budget(tokens, ACTIONS_PER_TOKEN * tokens)
+    budget = replace(budget, deletes=0 if blocked else None, window=window)
     engine.capacity(encoded, budget)  # refuses a prompt that does not fit before anything is printed
     torch.manual_seed(seed)
+    if as_json:
+        for prompt, rollout in zip(asked, engine.run(encoded, budget, sampling), strict=True):
+            typer.echo(json.dumps(trace_record(prompt, rollout, policy), ensure_ascii=False))
+        return
     for prompt, ids in zip(asked, encoded, strict=True):
         before = f"{last_message(prompt)} "
         stream: Any = None
         if final:
             stream = TextStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        elif console.is_terminal and not as_json:
+        elif console.is_terminal:
             stream = TypingStreamer(policy.tokenizer, before, delay)
-        feed = Feed(stream, policy.rules, budget, torch.tensor([ids])) if stream else None
+        feed = Feed(stream)
         try:
-            (rollout,) = engine.run([ids], budget, sampling, on_action=feed)
+            if stream is not None:
+                feed.begin(policy.rules, budget, torch.tensor([ids]))
+            (rollout,) = engine.run([ids], budget, sampling, on_action=None if stream is None else feed)
         finally:
-            if feed:
-                feed.end()
-        if as_json:
-            typer.echo(json.dumps(trace_record(prompt, rollout, policy), ensure_ascii=False))
-        elif stream is None:
+            feed.end()
+        if stream is None:
             console.print(strike(rollout.actions, policy.tokenizer, policy.rules, before, marks=True), soft_wrap=True)
 
 
@@ -257,17 +264,31 @@ def _asked(prompts: list[str], file: Path | None) -> list[Any]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); give --file a text file or a .jsonl file") from error
+    if not text.strip():
+        raise UserError(f"{file}: got an empty file; expected a prompt, or one on each line of a .jsonl file")
     if file.suffix != ".jsonl":
         return [*asked, text.rstrip("\n")]
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             content = json.loads(line)
-            asked.append(content["prompt"] if isinstance(content, dict) else content)
-        except (ValueError, KeyError) as error:
+        except ValueError:
+            content = None
+        prompt = content.get("prompt") if isinstance(content, dict) else content
+        if not _is_prompt(prompt):
             raise UserError(
-                f'{file}: line {number} has no prompt; expected a JSON string, or an object with a "prompt"'
-            ) from error
+                f"{file}: line {number} has no prompt; expected a JSON string, a list of chat messages, each with role "
+                'and content, or an object with one of them as "prompt"'
+            )
+        asked.append(prompt)
     return asked
+
+
+def _is_prompt(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return bool(value) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)
 
 
 @app.command()
@@ -372,16 +393,17 @@ def _open(run: Path) -> tuple[Any, Any, Any, Any]:
 
 
 def _open_for_prompts(path: Path) -> tuple[Any, list[Any], Any, Any]:
-    """Policy, test rows, budget and keyboard of a run; of a policy's own folder no rows and no keyboard."""
+    """Policy, test rows, budget and keyboard of a run; of a policy's own folder no rows, budget and keyboard."""
     from rl_backspace.folder import is_run
     from rl_backspace.keyboard import keyboard_of
     from rl_backspace.policy import load
-    from rl_backspace.semantics import ACTIONS_PER_TOKEN, SEMANTICS_FILE, Budget
+    from rl_backspace.semantics import SEMANTICS_FILE
 
     if is_run(path) or not (path / SEMANTICS_FILE).exists():
         _, task, policy, budget = _open(path)
+        policy.chat = isinstance(task.test[0]["prompt"], list)
         return policy, task.test, budget, keyboard_of(task, policy)
-    return load(path), [], Budget(ANSWER, ACTIONS_PER_TOKEN * ANSWER), None
+    return load(path), [], None, None
 
 
 def main(arguments: list[str] | None = None) -> int:

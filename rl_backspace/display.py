@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rl_backspace.corrections import Correction
-from rl_backspace.semantics import Machine, Rules, replay, unlimited
+from rl_backspace.semantics import Budget, Machine, Rules, replay
 
 if TYPE_CHECKING:  # the audit needs an experiment, and the tables of others do not
     from rl_backspace.audit import Audit
@@ -41,6 +41,8 @@ DELETIONS = {
     "precision": "presses where something was wrong",
     "recall": "wrong states with a press",
 }
+UNLIMITED = 2**62  # more actions than there will be
+CONTEXT = 32  # tokens before a run that its text is decoded with
 EXAMPLE = 24  # characters of a trace in a table
 console = Console(highlight=False, markup=False)  # prompts may hold [brackets]
 
@@ -54,29 +56,56 @@ def strike(
         before: text in front of it, such as the prompt.
         marks: put ~~ around struck-through text, for places that show no styles.
     """
-    machine = Machine(rules, unlimited(actions))
-    typed: list[int] = []
-    struck: list[bool] = []
-    after: list[list[int]] = []  # the visible tokens before each typed one
-    standing: list[int] = []  # indices into `typed` of the visible tokens
+    shown = _Strike(tokenizer, rules, before, marks)
     for action in actions:
-        before_it = list(machine.visible)
-        machine.step(action)
-        if action in rules.deletes:
-            for index in standing[len(machine.visible) :]:
-                struck[index] = True
-            del standing[len(machine.visible) :]
-        else:
-            standing.append(len(typed))
-            typed.append(action)
-            struck.append(False)
-            after.append(before_it)
-    out = Text(before)
-    for deleted, run in itertools.groupby(range(len(typed)), struck.__getitem__):
-        indices = list(run)
-        text = _text_added(after[indices[0]], [typed[i] for i in indices], tokenizer, rules)
-        out.append(f"~~{text}~~" if deleted and marks else text, "strike red" if deleted else "bold")
-    return out
+        shown.press(action)
+    return shown.text()
+
+
+class _Strike:
+    """A trace as `strike` shows it, action by action; a run of typed or of struck tokens is decoded once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: Rules, before: str, marks: bool):
+        self.tokenizer, self.rules, self.before, self.marks = tokenizer, rules, before, marks
+        self.machine = Machine(rules, Budget(UNLIMITED))
+        self.typed: list[int] = []
+        self.struck: list[bool] = []
+        self.behind: list[int] = []  # for each typed token the one that is visible before it, -1 for none
+        self.standing: list[int] = []  # indices into `typed` of the visible tokens
+        self.decoded: dict[tuple[int, int], str] = {}  # of runs: first and last index -> text
+
+    def press(self, action: int) -> None:
+        self.machine.step(action)
+        if action in self.rules.deletes:
+            for index in self.standing[len(self.machine.visible) :]:
+                self.struck[index] = True
+            del self.standing[len(self.machine.visible) :]
+            return
+        self.behind.append(self.standing[-1] if self.standing else -1)
+        self.standing.append(len(self.typed))
+        self.typed.append(action)
+        self.struck.append(False)
+
+    def text(self) -> Text:
+        out = Text(self.before)
+        for deleted, run in itertools.groupby(range(len(self.typed)), self.struck.__getitem__):
+            indices = list(run)
+            key = (indices[0], indices[-1])
+            text = self.decoded.get(key)
+            if text is None:
+                tokens = [self.typed[i] for i in indices]
+                text = _text_added(self._context(indices[0]), tokens, self.tokenizer, self.rules)
+                if indices[-1] + 1 < len(self.typed):  # the last run still grows
+                    self.decoded[key] = text
+            out.append(f"~~{text}~~" if deleted and self.marks else text, "strike red" if deleted else "bold")
+        return out
+
+    def _context(self, index: int) -> list[int]:
+        """The last visible tokens before a typed one."""
+        context: list[int] = []
+        while (index := self.behind[index]) >= 0 and len(context) < CONTEXT:
+            context.append(self.typed[index])
+        return context[::-1]
 
 
 class TypingStreamer:
@@ -89,20 +118,26 @@ class TypingStreamer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: str = "", delay: float = 0.0):
         self.tokenizer, self.before, self.delay = tokenizer, before, delay
-        self.live = Live(console=console, auto_refresh=False)
-        self.actions: list[int] = []
+        self.live: Live | None = None
 
     def begin(self, rules: Rules) -> None:
-        self.rules, self.actions = rules, []
+        self.shown = _Strike(self.tokenizer, rules, self.before, marks=False)
+        self.live = Live(console=console, auto_refresh=False)
         self.live.start()
 
+    def put(self, value: Any) -> None:
+        """Nothing: transformers gives a `streamer` the prompt, which `before` shows."""
+
     def put_action(self, action: int) -> None:
-        self.actions.append(action)
-        self.live.update(strike(self.actions, self.tokenizer, self.rules, self.before), refresh=True)
+        assert self.live is not None
+        self.shown.press(action)
+        self.live.update(self.shown.text(), refresh=True)
         time.sleep(self.delay)
 
     def end(self) -> None:
-        self.live.stop()
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
 
 def _text_added(context: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase, rules: Rules) -> str:

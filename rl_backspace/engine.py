@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rl_backspace.backbone import Backbone, PointerCache, check
+from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, evaluating
 from rl_backspace.errors import UserError
-from rl_backspace.semantics import Budget, End, Machine, Rules, replay
+from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rules, replay
+
+COLDEST = 1e-6  # below it, logits that are divided by the temperature overflow
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,30 @@ class Sampling:
     Args:
         temperature: logits are divided by it before anything else; 0 is greedy.
         top_k, top_p, min_p: truncation as in Hugging Face's `generate`, among the legal actions.
-        delete_bias: is added to the logits of delete tokens.
+        delete_bias: is added to the logits of delete tokens; -inf: none is chosen.
+
+    Raises:
+        UserError: one of them is out of range.
     """
+
+    by_logits: ClassVar[bool] = False  # whether `choose` has no use for log-probabilities
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     delete_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < math.inf, f"0 or from {COLDEST} up"),
+            ("top_k", self.top_k >= 0, "0, which is off, or more"),
+            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("delete_bias", self.delete_bias < math.inf, "a number, or -inf to block deletes"),
+        ):
+            if not fits:
+                raise UserError(f"{name}: got {getattr(self, name)}; expected {expected}")
 
     def choose(
         self, logits: Tensor, logprobs: Tensor, rows: Sequence[Running], generator: torch.Generator | None
@@ -60,7 +78,8 @@ class Rollout:
     Attributes:
         prompt, actions, visible: token ids.
         logprobs: log-probability of each action among the legal ones, at the sampling temperature
-            (1 when greedy) and before truncation: what `scoring` recomputes. On a keyboard, of what was typed.
+            (1 when greedy, and always from `generate`) and before bias, processors and truncation: what `scoring`
+            recomputes. On a keyboard, of what was typed.
         end: why it ended.
         deletes: how many actions were deletes.
         forward_passes: positions the network was evaluated at to choose the actions, the prompt's last one
@@ -171,14 +190,9 @@ class Engine:
             IllegalAction: the rules or the budget forbid an action of `begun`.
         """
         done: list[Rollout | None] = [None] * len(prompts)
-        causal = self.backbone.causal
-        was_training = causal.training
-        causal.eval()
-        try:
+        with evaluating(self.backbone.causal):
             for index, rollout in self._roll(self._begin(prompts, budget, begun), sampling, generator, on_action):
                 done[index] = rollout
-        finally:
-            causal.train(was_training)
         return [rollout for rollout in done if rollout is not None]
 
     def _begin(
@@ -261,16 +275,18 @@ class Engine:
         logprobs = wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
         if sampling.delete_bias:
             logits[:, list(self.rules.deletes)] += sampling.delete_bias
-            wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+            if not sampling.by_logits:
+                wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
         actions = sampling.choose(logits, wanted, rows, generator)
         if self.keyboard is not None:
-            actions = self.keyboard.swap(actions, logprobs, generator)
+            typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
+            actions = torch.where(actions < 0, actions, typed)
             logprobs = self.keyboard.through(logprobs)
         chosen = logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0]
         possible = chosen.isfinite() & (actions >= 0)
         if not possible.all():  # a row of -inf is nan after the softmax
             if logits.isnan().any():
-                raise UserError("the policy's logits are not numbers: training diverged; lower trainer.learning_rate")
+                raise UserError(NOT_NUMBERS)
             actions = actions.masked_fill(~possible, -1)
         return actions.tolist(), chosen.tolist()
 
@@ -286,9 +302,16 @@ class Engine:
         if capacity > self.backbone.max_length:
             raise UserError(
                 f"the longest prompt has {longest} tokens and its context may grow by {answer}, but the model's limit "
-                f"is {self.backbone.max_length}; shorten the prompts or the budget"
+                f"is {self.backbone.max_length}; shorten the prompts or the answer "
+                "(max_new_tokens, --tokens, trainer.max_completion_length)"
             )
         return capacity
+
+    def room(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Most visible tokens that the model's context has room for behind these prompts, by the default budget of
+        actions; less than 1 for none."""
+        left = self.backbone.max_length - max(map(len, prompts), default=1)
+        return {"erase": left, "hint": (left - 1) // 2, "keep": left // ACTIONS_PER_TOKEN}[self.rules.memory]
 
 
 def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -312,6 +335,7 @@ def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = logprobs.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        beyond[:, 0] = False  # the likeliest stays
         logprobs = logprobs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     if sampling.min_p > 0:
         floor = logprobs.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log().item()
@@ -326,7 +350,7 @@ class _Batch:
         self.backbone, self.size, self.capacity = backbone, size, capacity
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
-        self.hidden: Tensor | None = None  # (size, capacity, H): the hidden state at every context position
+        self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position
 
     def admit(self, waiting: list[Running]) -> None:
         """Move waiting rows into free places; each distinct context is computed once."""
@@ -342,9 +366,10 @@ class _Batch:
         hidden, prefilled = self.backbone.prefill(ids.to(self.backbone.device))
         if self.cache is None or self.hidden is None:
             self.cache = PointerCache(prefilled, self.size, self.capacity)
-            self.hidden = hidden.new_zeros(self.size, self.capacity, hidden.shape[-1])
+            self.hidden = hidden.new_zeros(self.size, 0, hidden.shape[-1])
         first = len(self.rows)
         self.cache.fill(first, prefilled, source)
+        self._grow()
         self.hidden[first : first + len(new), :longest] = hidden[source]
         self.rows += new
 
@@ -376,6 +401,14 @@ class _Batch:
         device = self.hidden.device
         pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
         hidden = self.backbone.decode(torch.tensor(tokens, device=device), pointers, self.cache)
+        self._grow()
         self.hidden[torch.arange(len(tokens), device=device), pointers] = hidden
         for row in self.rows:
             row.forward_passes += 1
+
+    def _grow(self) -> None:
+        """Room for as many hidden states as the cache has for keys."""
+        assert self.cache is not None and self.hidden is not None
+        missing = self.cache.length - self.hidden.shape[1]
+        if missing > 0:
+            self.hidden = torch.nn.functional.pad(self.hidden, (0, 0, 0, missing))

@@ -6,6 +6,7 @@ the rollout ends. Semantics, legality and rewards are those of the engine and th
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rl_backspace.engine import Rollout
 from rl_backspace.errors import UserError
 from rl_backspace.experiment import Experiment, prepare
 from rl_backspace.keyboard import keyboard_of
-from rl_backspace.semantics import Machine
+from rl_backspace.semantics import IllegalAction, Machine
 from rl_backspace.tasks import Row
 from rl_backspace.terms import call, per_action
 
@@ -55,6 +56,8 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
         overrides: list[str] | None = None,
         render_mode: str | None = None,
     ):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"render_mode: got {render_mode!r}; expected None, 'ansi' or 'human'")
         if not isinstance(experiment, Experiment):
             content = read_yaml(Path(experiment))
             override(content, overrides or [])
@@ -82,9 +85,17 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin an episode with a random prompt, or with `options={"row": index}`."""
+        """Begin an episode with a random prompt, or with `options={"row": index}`.
+
+        Raises:
+            UserError: other options, or no such row.
+        """
         super().reset(seed=seed)
         index = (options or {}).get("row")
+        if strange := sorted(set(options or {}) - {"row"}):
+            raise UserError(f"options: got {strange[0]!r}; expected nothing but 'row'")
+        if index is not None and not (isinstance(index, (int, np.integer)) and 0 <= index < len(self.rows)):
+            raise UserError(f"options: got row={index!r}; expected a number from 0 to {len(self.rows) - 1}")
         index = int(self.np_random.integers(len(self.rows))) if index is None else index
         self._row, self._prompt = self.rows[index], self._prompts[index]
         self.machine = Machine(self.policy.rules, self.experiment.budget)
@@ -94,10 +105,19 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
         """Take an action.
 
         Raises:
+            UserError: it is no token id of the action space.
             semantics.IllegalAction: the mask forbids it, or the episode has ended.
         """
-        machine = self.machine
-        machine.step(self._typed(int(action)))
+        machine, given = self.machine, action
+        try:
+            action = operator.index(action)
+        except TypeError:
+            action = -1
+        if not 0 <= action < self.vocabulary:
+            raise UserError(f"action: got {given!r}; expected a token id from 0 to {self.vocabulary - 1}")
+        if machine.end is None and action in machine.illegal():  # whatever a keyboard would make of it
+            raise IllegalAction(f"action {action} at step {len(machine.trace)} is illegal here")
+        machine.step(self._typed(action))
         observation = self._observe()
         if machine.end is None and not observation["action_mask"].any():
             machine.stop("stuck")

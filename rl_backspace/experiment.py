@@ -103,6 +103,7 @@ def prepare(config: Config, out: Path | None) -> Experiment:
     if problems:
         raise UserError("\n".join(problems))
     args.reward_weights = terms[1]
+    policy.chat = isinstance(task.train[0]["prompt"], list)
     _one_thread_for_small_models(policy.model)
     experiment = Experiment(config, task, policy, terms[0], action_budget(config), warmup_args, args)
     _check_rows(experiment, engine)

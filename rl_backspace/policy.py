@@ -6,15 +6,16 @@ The folder holds PEFT's adapter or a stock checkpoint, the tokenizer with the de
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -26,12 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rl_backspace.backbone import Backbone, causal_lm
+from rl_backspace.backbone import Backbone, causal_lm, evaluating
 from rl_backspace.config import Delete, Lora
 from rl_backspace.engine import GREEDY, Engine, Rollout, Sampling
 from rl_backspace.errors import UserError, first_line, nearest, one_line
 from rl_backspace.folder import RunFolder, is_run
-from rl_backspace.generation import IN_CONFIG
+from rl_backspace.generation import IN_CONFIG, SUPPRESSED
 from rl_backspace.scoring import batched, pack, score
 from rl_backspace.semantics import SEMANTICS_FILE, Budget, Rules
 
@@ -75,19 +76,28 @@ class Policy:
         tokenizer: with the delete tokens in its vocabulary.
         rules: what they do.
         critic: what PPO learned of how states end, to go on from; None where it has not trained.
+        chat: whether it was trained on chat messages, and not on text.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     rules: Rules
     critic: Critic | None = None
+    chat: bool = False
 
     def encode(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of prompts: text, or lists of chat messages.
 
         Raises:
-            UserError: the tokenizer has no chat template, or it refuses the messages; or there are both kinds.
+            UserError: the tokenizer has no chat template, or it refuses the messages; or there are both kinds, or
+                something else.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts: got the text {prompts!r}; expected a list, such as [{prompts!r}]")
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, (str, list))]:
+            raise UserError(f"prompts: got {wrong[0]!r}; expected text or a list of chat messages")
+        if not prompts:
+            return []
         kinds = {isinstance(prompt, list) for prompt in prompts}
         if kinds == {False}:
             return self.tokenizer(text=prompts)["input_ids"]
@@ -133,18 +143,19 @@ class Policy:
             budget: what they were made under, which decides when a delete was legal; default: no limit.
 
         Raises:
+            UserError: the temperature is not above 0.
             semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
         """
+        if not temperature > 0:
+            raise UserError(f"temperature: got {temperature}; expected more than 0, since greedy has no probabilities")
+        if not rollouts:
+            return []
         ids, mask = batched([r.prompt for r in rollouts], [r.actions for r in rollouts], pad=0)
         device = causal_lm(self.model).device
         steps = max(len(rollout.actions) for rollout in rollouts)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            packed = pack(ids.to(device), mask.to(device), steps, self.rules, budget)
+        packed = pack(ids.to(device), mask.to(device), steps, self.rules, budget)
+        with evaluating(causal_lm(self.model)):
             logprobs, _ = score(self.model, packed, temperature)
-        finally:
-            self.model.train(was_training)
         return [row[: len(rollout.actions)] for row, rollout in zip(logprobs, rollouts, strict=True)]
 
     @property
@@ -171,7 +182,7 @@ class Policy:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         if self.whole:
-            _save_whole(self.model, new)
+            _save_whole(self.model, new, sorted(self.rules.deletes))
         else:
             self.model.save_pretrained(new, save_embedding_layers=False, selected_adapters=["default"])
         self.tokenizer.save_pretrained(new)
@@ -196,7 +207,8 @@ class Policy:
             "eos": sorted(rules.eos),
         }
         elsewhere = {} if self.whole or self.base == self.model.name_or_path else {"model": self.base}
-        return {**saved, **elsewhere}
+        base = {} if self.whole else {"layers": self.model.config.get_text_config().num_hidden_layers}
+        return {**saved, **elsewhere, **base, **({"chat": True} if self.chat else {})}
 
 
 def find_base(model: str) -> tuple[str, str]:
@@ -228,6 +240,7 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except Exception as error:  # a folder may hold anything, and each loader has errors of its own
         raise UserError(f"model: {model!r} cannot be loaded ({first_line(error).rstrip('.')}); {advice}") from error
     _place(base)
+    _allow(base)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
     if tokenizer.pad_token_id is None:
@@ -307,14 +320,16 @@ def load(folder: str | Path, trainable: bool = False) -> Policy:
     try:
         saved = json.loads((folder / SEMANTICS_FILE).read_text())
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        rules = _rules(saved, tokenizer)
+        rules = _rules(saved, tokenizer, folder)
         if (folder / "config.json").exists():
             model = _place(AutoModelForCausalLM.from_pretrained(folder)).requires_grad_(trainable)
+            _allow(model)
         else:
             base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
             base, _ = load_base(saved.get("model", base_name))
             _make_room(base, max(rules.deletes, default=0) + 1)
             model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+            _check_fit(model, folder, saved.get("layers"))
     except UserError:
         raise
     except Exception as error:  # files that are missing, cut short or another project's
@@ -322,7 +337,7 @@ def load(folder: str | Path, trainable: bool = False) -> Policy:
             f"{folder}: no whole adapter or model of rl-backspace here ({one_line(error)}); "
             "expected RUN/adapter or RUN/model"
         ) from error
-    policy = Policy(model, tokenizer, rules)
+    policy = Policy(model, tokenizer, rules, chat=bool(saved.get("chat")))
     setattr(causal_lm(model).generation_config, IN_CONFIG, policy.semantics())  # for `generate`
     if (folder / CRITIC_FILE).exists():
         policy.critic = Critic.like(model)
@@ -330,12 +345,44 @@ def load(folder: str | Path, trainable: bool = False) -> Policy:
     return policy
 
 
+def _check_fit(model: Any, folder: Path, layers: int | None) -> None:
+    """Refuse an adapter whose weights are not those that this base has a place for; PEFT leaves out the others."""
+    import peft
+
+    here, base = model.config.get_text_config().num_hidden_layers, model.name_or_path
+    if layers not in (None, here):
+        raise UserError(
+            f"{folder}: the adapter does not fit its base {base}, which has {here} layers, not {layers}; "
+            "give the base it was trained on"
+        )
+
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        return
+    with safe_open(file, "pt") as saved:
+        its = set(saved.keys())
+    ours = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if strange := sorted(its ^ ours):
+        raise UserError(
+            f"{folder}: the adapter does not fit its base {base}: {len(its - ours)} of its {len(its)} weights have no "
+            f"place there, {len(ours - its)} places have no weight ({strange[0]}, ...); give the base it was trained on"
+        )
+
+
+def _allow(model: PreTrainedModel) -> None:
+    """Undo what `_save_whole` suppresses for other loaders."""
+    config = model.generation_config
+    ours = set((getattr(config, IN_CONFIG, None) or {}).get(SUPPRESSED, ()))
+    if ours:
+        config.suppress_tokens = [token for token in config.suppress_tokens or () if token not in ours] or None
+
+
 def _place(model: PreTrainedModel) -> PreTrainedModel:
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
-def _save_whole(model: PreTrainedModel, folder: Path) -> None:
-    """A stock checkpoint.
+def _save_whole(model: PreTrainedModel, folder: Path, deletes: list[int]) -> None:
+    """A stock checkpoint; who loads it without knowing of deletes gets the policy with its delete tokens blocked.
 
     Trainers turn the cache off in the config, and add the tokenizer's special tokens to the generation config,
     which transformers then refuses to save where it breaks a rule that published ones do break (a temperature
@@ -348,6 +395,11 @@ def _save_whole(model: PreTrainedModel, folder: Path) -> None:
     finally:
         model.generation_config = generation
     if generation is not None:
+        generation = copy.deepcopy(generation)
+        listed = generation.suppress_tokens or []
+        if more := [token for token in deletes if token not in listed]:
+            generation.suppress_tokens = [*listed, *more]
+            setattr(generation, IN_CONFIG, {**getattr(generation, IN_CONFIG), SUPPRESSED: more})
         generation._from_model_config = False  # else nothing of our own is read from it again
         generation.to_json_file(folder / "generation_config.json")
 
@@ -409,9 +461,19 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _rules(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rules:
-    """Saved rules, of the tokenizer's ids."""
+def _rules(saved: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Rules:
+    """Saved rules, of ids that the tokenizer has for the delete tokens too."""
+    try:
+        rules = Rules.of(saved)
+    except UserError as error:
+        raise UserError(f"{folder}: no whole adapter or model of rl-backspace here ({error})") from error
     vocabulary = tokenizer.get_vocab()
-    if missing := [text for text in saved["tokens"] if text not in vocabulary]:
-        raise UserError(f"the tokenizer in this folder has no token {missing[0]!r}; it belongs to another policy")
-    return Rules.of({**saved, "ids": vocabulary})
+    for text in saved["tokens"]:
+        if text not in vocabulary:
+            raise UserError(f"the tokenizer in this folder has no token {text!r}; it belongs to another policy")
+        if vocabulary[text] != saved["ids"][text]:
+            raise UserError(
+                f"{folder}: the tokenizer's {text!r} is token {vocabulary[text]}, but {SEMANTICS_FILE} says "
+                f"{saved['ids'][text]}; one of them belongs to another policy"
+            )
+    return rules

@@ -26,7 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from rl_backspace.errors import UserError
 
 Memory = Literal["erase", "keep", "hint"]
 Retry = Literal["free", "ban"]
@@ -63,7 +65,13 @@ class Rules:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Rules:
-        """The rules that a policy was saved with: `tokens` (text -> unit), their `ids` (text -> id), and the rest."""
+        """The rules that a policy was saved with: `tokens` (text -> unit), their `ids` (text -> id), and the rest.
+
+        Raises:
+            UserError: something is missing, or is not what rules are made of.
+        """
+        if problem := _problem(saved):
+            raise UserError(f"rules of a delete token: {problem}; give them as {SEMANTICS_FILE} of a policy has them")
         return cls(
             {saved["ids"][text]: unit for text, unit in saved["tokens"].items()},
             frozenset(saved["eos"]),
@@ -71,6 +79,31 @@ class Rules:
             saved["retry"],
             frozenset(saved["boundaries"]),
         )
+
+
+def _problem(saved: Any) -> str:
+    """What is wrong with saved rules; empty for nothing."""
+    if not isinstance(saved, Mapping):
+        return f"got {saved!r}; expected a mapping"
+    for key in ("tokens", "ids", "memory", "retry", "boundaries", "eos"):
+        if key not in saved:
+            return f"{key} is missing"
+        wanted: Any = Mapping if key in ("tokens", "ids") else (list, tuple) if key in ("boundaries", "eos") else str
+        if not isinstance(saved[key], wanted):
+            return f"{key}: got {saved[key]!r}; expected a {'mapping' if wanted is Mapping else 'list or a word'}"
+    for key, known in (("memory", get_args(Memory)), ("retry", ("free", "ban"))):
+        if saved[key] not in known:
+            return f"{key}: got {saved[key]!r}; expected {' or '.join(known)}"
+    for text, unit in saved["tokens"].items():
+        if unit not in ("token", "line", "answer") and not (_is_count(unit) and unit > 0):
+            return f"tokens: got {unit!r} for {text!r}; expected token, line, answer or a number above 0"
+    ids = [*(saved["ids"].get(text) for text in saved["tokens"]), *saved["boundaries"], *saved["eos"]]
+    wrong = [index for index in ids if not _is_count(index)]
+    return f"got {wrong[0]!r} for a token's id; expected a number from 0 up" if wrong else ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -83,12 +116,25 @@ class Budget:
         deletes: most deletes. None: no limit of their own; 0: the delete tokens are blocked.
         window: most visible tokens that can still be deleted: a token further back than this from the answer's end
             is final for good. None: all of them can.
+
+    Raises:
+        UserError: one of them is too small for any rollout.
     """
 
     answer: int
     actions: int | None = None
     deletes: int | None = None
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("answer", self.answer, 1),
+            ("actions", self.actions, 1),
+            ("deletes", self.deletes, 0),
+            ("window", self.window, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"budget: got {name}={value}; expected {least} or more")
 
     @property
     def most_actions(self) -> int:

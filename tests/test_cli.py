@@ -287,6 +287,17 @@ def test_generate_takes_prompts_from_anywhere_and_prints_json(
     assert json.loads(text)["prompt"] == "1 2 3=6:"
     (here / "bad.jsonl").write_text('"a"\n{"question": 1}\n')
     assert "bad.jsonl: line 2 has no prompt" in assert_refused(here, "generate", run, "--file", here / "bad.jsonl")[0]
+    for content in ("5", "null", '{"prompt": 7}', '{"prompt": []}', '["1 2 3=6:"]', '[{"role": "user"}]', "{"):
+        (here / "bad.jsonl").write_text(f"{content}\n")
+        said = assert_refused(here, "generate", run, "--file", here / "bad.jsonl")
+        assert len(said) == 1 and "bad.jsonl: line 1 has no prompt" in said[0]
+    for name in ("empty.txt", "empty.jsonl"):
+        (here / name).write_text("\n")
+        assert "got an empty file" in assert_refused(here, "generate", run, "--file", here / name)[0]
+    (here / "odd.jsonl").write_text('"1 2 3=6:\u2028"\n\n"4 5 6=3:"\n', encoding="utf-8")
+    assert call("generate", run, "--file", here / "odd.jsonl", "--json").out.count("\n") == 2
+    said = assert_refused(here, "generate", run, "1 2 3=6:", "--final", "--json")
+    assert said == ["--final and --json: got both; expected one of them"]
 
 
 def test_generate_deletes_as_readily_as_it_is_told_to(run: Path) -> None:

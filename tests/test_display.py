@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from rl_backspace.corrections import Correction, Mistake
 from rl_backspace.detector import State, summarise
 from rl_backspace.display import (
+    TypingStreamer,
     console,
     correction_lines,
     correction_record,
@@ -242,3 +243,37 @@ def test_the_detectors_table_has_a_row_for_each_source() -> None:
         "samples": ["75.0", "50.0", "–", "50.0", "–", "50.0", "100.0", "0.0"],
         "uncertain": ["–"] * 8,
     }
+
+
+def test_a_typing_streamer_can_be_used_again_and_ended_before_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=60, highlight=False, markup=False)
+    monkeypatch.setattr("rl_backspace.display.console", terminal)
+    streamer = TypingStreamer(TOKENIZER, "question ")
+    streamer.end()
+    shown = []
+    for text in ("12$", "3<4$"):
+        streamer.begin(rules())
+        for action in typed(text):
+            streamer.put_action(action)
+        streamer.end()
+        shown.append(out.getvalue())
+        out.truncate(out.seek(0))
+    assert "\x1b[2K" not in shown[1].partition("question")[0]  # no line is erased before the first one is shown
+    assert "12" in shown[0] and "4" in shown[1]
+
+
+def test_a_long_trace_is_decoded_run_by_run_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl_backspace.display.console", Console(file=io.StringIO()))
+    decoded = []
+    original = TOKENIZER.decode
+    monkeypatch.setattr(
+        TOKENIZER, "decode", lambda ids, *rest, **kw: decoded.append(len(ids)) or original(ids, *rest, **kw)
+    )
+    generator = random.Random(0)
+    streamer = TypingStreamer(TOKENIZER)
+    streamer.begin(rules())
+    for i in range(600):
+        streamer.put_action(BACK if i % 8 == 7 else generator.randrange(5, 40))
+    streamer.end()
+    assert sum(decoded) < 600 * 200

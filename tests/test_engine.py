@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import naive
 import pytest
@@ -10,6 +12,7 @@ from conftest import DELETE, EOS, VOCAB, tiny
 
 from rl_backspace.engine import GREEDY, Engine, Sampling, draw
 from rl_backspace.errors import UserError
+from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Rules, replay
 
 WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
@@ -201,6 +204,93 @@ def test_training_mode_and_traces_are_left_alone() -> None:
         assert replay(rollout.actions, rules(), Budget(6, 12)).visible == rollout.visible
 
 
+def test_threads_share_a_model_with_each_other_and_with_stock_calls() -> None:
+    """One model in training mode, parts of it not; stock `generate` must never see the engine's attention."""
+    model = eager_to_delete(tiny(attention_dropout=0.5)).train()
+    model.generation_config.pad_token_id = 0
+    model.base_model.layers[1].eval()
+    modes = [part.training for part in model.modules()]
+    prompts, budget = some_prompts(6), Budget(10, 30)
+    engines = [Engine(model, rules(retry="ban")) for _ in range(2)]
+    expected = [rollout.actions for rollout in engines[0].run(prompts, budget, GREEDY)]
+    seen: set[str] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            seen.add(model.config._attn_implementation)
+
+    def roll(engine: Engine) -> bool:
+        return all([r.actions for r in engine.run(prompts, budget, GREEDY)] == expected for _ in range(5))
+
+    with ThreadPoolExecutor(3) as pool:
+        watching = pool.submit(watch)
+        try:
+            same = list(pool.map(roll, engines))
+        finally:
+            over.set()
+        watching.result()
+    assert same == [True, True] and seen == {"sdpa"}
+    assert [part.training for part in model.modules()] == modes
+
+    other, ids = tiny(seed=1), torch.tensor([[5, 6, 7]])
+    engine, stock = Engine(other, rules()), {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    told = other.generate(ids, **stock)
+    within: list[torch.Tensor] = []
+
+    def beside(index: int, action: int) -> None:  # a stock call in another thread, in the middle of a rollout
+        with ThreadPoolExecutor(1) as pool:
+            within.append(pool.submit(lambda: other.generate(ids, **stock)).result())
+
+    engine.run([[5, 6, 7]], Budget(4), GREEDY, on_action=beside)
+    assert within and all(torch.equal(out, told) for out in within)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 1e-45}, "temperature: got 1e-45"),
+        ({"temperature": math.nan}, "temperature: got nan"),
+        ({"temperature": math.inf}, "temperature: got inf"),
+        ({"top_k": -1}, "top_k: got -1"),
+        ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"min_p": 2.0}, "min_p: got 2.0; expected 0 to 1"),
+        ({"delete_bias": math.nan}, "delete_bias: got nan"),
+        ({"delete_bias": math.inf}, "delete_bias: got inf"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(given: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Sampling(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}])
+def test_the_likeliest_is_never_truncated(given: dict[str, float]) -> None:
+    model, prompts = tiny(), some_prompts(4)
+    engine, budget = Engine(model, rules()), Budget(6, deletes=0)
+    drawn = [r.actions for r in engine.run(prompts, budget, Sampling(**given))]  # type: ignore[arg-type]
+    assert drawn == [r.actions for r in engine.run(prompts, budget, GREEDY)]
+
+
+def test_a_bias_of_minus_infinity_blocks_deletes() -> None:
+    model, prompts = eager_to_delete(tiny()), some_prompts(4)
+    biased = Engine(model, rules()).run(prompts, Budget(6, 18), Sampling(0.0, delete_bias=-math.inf))
+    blocked = Engine(model, rules()).run(prompts, Budget(6, 18, deletes=0), GREEDY)
+    assert [r.actions for r in biased] == [r.actions for r in blocked]
+
+
+def test_the_bias_moves_what_is_sampled_and_not_what_is_recorded() -> None:
+    model, played, budget = eager_to_delete(tiny()), rules(), Budget(8, 24)
+    rollouts = Engine(model, played).run(some_prompts(16), budget, Sampling(delete_bias=3.0))
+    plain = Engine(model, played).run(some_prompts(16), budget, Sampling())
+    assert sum(r.deletes for r in rollouts) > 1.5 * sum(r.deletes for r in plain)
+    slow = naive.Naive(played, budget)
+    for action, logprob in zip(rollouts[0].actions, rollouts[0].logprobs, strict=True):
+        expected = naive.logprobs(model, [*rollouts[0].prompt, *slow.context()], slow.forbidden())[action]
+        assert logprob == pytest.approx(expected.item(), abs=2e-4)
+        slow.press(action)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -289,3 +379,12 @@ def test_it_goes_on_from_where_a_rollout_was_cut(memory: str, retry: str) -> Non
         assert (first.actions, first.visible, first.end) == (second.actions, second.visible, second.end)
         assert all(math.isnan(logprob) for logprob in second.logprobs[:cut])
         assert second.logprobs[cut:] == pytest.approx(first.logprobs[cut:], abs=1e-4)
+
+
+def test_a_keyboard_is_not_told_of_choices_that_were_none() -> None:
+    class Never(Sampling):
+        def choose(self, logits: torch.Tensor, *rest: object) -> torch.Tensor:
+            return torch.full((len(logits),), -1)
+
+    played = Keyboard(0.5, (5, 6), frozenset([EOS]))
+    assert Engine(tiny(), rules(), keyboard=played).run([[3]], Budget(5), Never())[0].end == "stuck"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from checkpoints import checkpoint
 from gymnasium.utils.env_checker import check_env
 
+import rl_backspace
 from rl_backspace import BackspaceEnv
 from rl_backspace.engine import Sampling
 from rl_backspace.errors import UserError
@@ -124,6 +128,66 @@ def test_the_keyboard_slips_here_too(tmp_path: Path) -> None:
         typed.append(env.machine.visible[0])
     assert 0.4 < np.mean([token != letter for token in typed]) < 0.6
     assert len(set(typed)) > 5 and set(typed) <= set(env._keyboard.tokens)  # type: ignore[union-attr]
+
+
+def test_a_keyboard_types_nothing_illegal_and_swaps_nothing_fixed(tmp_path: Path) -> None:
+    """Each slip would type a banned token if it could; deletes and the end always arrive."""
+    path = experiment(tmp_path, "typos, length: 4, rate: 0.5, train: 40, test: 4")
+    env = BackspaceEnv(path, ["delete.retry=ban", "delete.budget=400"])
+    (delete,) = env.policy.rules.deletes
+    keyboard: Any = replace(env._keyboard, rate=1.0)  # type: ignore[type-var]
+    env._keyboard, tokens = keyboard, sorted(keyboard.tokens)
+    env.reset(seed=0, options={"row": 0})
+    for left in range(len(tokens), 1, -1):
+        chosen = next(token for token in tokens if token not in env.machine.illegal())
+        env.step(chosen)
+        assert env.machine.visible[0] in tokens and len(env.machine.illegal()) < len(tokens)
+        env.step(delete)  # is no letter that slips
+        assert len(set(env.machine.tried[0])) == len(tokens) - left + 1
+    banned = env.machine.tried[0][0]
+    with pytest.raises(IllegalAction):
+        env.step(banned)
+    env.reset(options={"row": 0})
+    assert env.step(1)[2] and env.machine.visible == [1]
+
+
+def test_what_is_outside_of_the_spaces_is_refused(tmp_path: Path) -> None:
+    env = BackspaceEnv(experiment(tmp_path))
+    env.reset(seed=0)
+    for action in (-1, env.vocabulary, 1.5, "a", None):
+        with pytest.raises(UserError, match="action: got"):
+            env.step(action)  # type: ignore[arg-type]
+    for row in (-1, len(env.rows), "0"):
+        with pytest.raises(UserError, match="options: got row="):
+            env.reset(options={"row": row})
+    with pytest.raises(UserError, match="options: got 'rows'"):
+        env.reset(options={"rows": 1})
+    with pytest.raises(UserError, match="render_mode: got 'rgb'"):
+        BackspaceEnv(env.experiment, render_mode="rgb")
+    env.step(np.array(5))
+    assert env.machine.visible == [5]
+
+
+def test_the_package_without_gymnasium_lacks_the_environment_alone() -> None:
+    code = """
+import sys
+class Nothing:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "gymnasium":
+            raise ModuleNotFoundError("No module named 'gymnasium'", name=name)
+sys.meta_path.insert(0, Nothing())
+import rl_backspace
+from rl_backspace import *
+assert Budget and not hasattr(rl_backspace, "BackspaceEnv") and "Rules" in dir(rl_backspace)
+try:
+    rl_backspace.BackspaceEnv
+except AttributeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "BackspaceEnv needs gymnasium: pip install 'rl-backspace[gym]'\n"
+    assert "BackspaceEnv" in dir(rl_backspace)
 
 
 def test_bad_experiments_are_refused_as_by_train(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import rl_backspace
 from rl_backspace.config import Config, Delete, Lora, parse
 from rl_backspace.engine import Sampling
 from rl_backspace.errors import UserError
-from rl_backspace.export import export, publish
+from rl_backspace.export import card, export, publish
 from rl_backspace.folder import RunFolder
 from rl_backspace.policy import Policy, create, load
 from rl_backspace.semantics import Budget
@@ -49,6 +49,15 @@ for key, value in {"interval": [0.1, 0.9], "deletes_per_answer": 1.5}.items():
         stage: {token: dict.fromkeys(cell, value) for token, cell in tokens.items()}
         for stage, tokens in SUMMARY["accuracy"].items()  # type: ignore[attr-defined]
     }
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of its own for code that transformers loads; one, since Python finds it through `sys.path`."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        yield
 
 
 def disturb(made: Policy, seed: int) -> None:
@@ -191,6 +200,10 @@ for name, model in (
     options.pop("delete_bias", None)
     plain = model.generate(**inputs, suppress_tokens=[%d], **options)
     found[name + " blocked"] = bool(torch.equal(out, plain))
+    stops = {"stop_strings": tokenizer.decode(plain[0, -2]), "tokenizer": tokenizer}
+    out = model.generate(**inputs, custom_generate=folder, max_deletes=0, **options, **stops)
+    plain = model.generate(**inputs, suppress_tokens=[%d], **options, **stops)
+    found[name + " stopped"] = bool(torch.equal(out, plain))
 class Parts(TextStreamer):
     parts = []
     def on_finalized_text(self, text, stream_end=False):
@@ -210,7 +223,7 @@ def test_people_without_this_package_can_delete(tmp_path: Path) -> None:
     expected = [f"{p}{made.text(ids)}" for p, ids in zip(PROMPTS, answers(made), strict=True)]
     (token,) = made.rules.deletes
     result = subprocess.run(
-        [sys.executable, "-c", STOCK % token, "merged", "run/adapter", json.dumps(PROMPTS)],
+        [sys.executable, "-c", STOCK % (token, token), "merged", "run/adapter", json.dumps(PROMPTS)],
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -219,14 +232,14 @@ def test_people_without_this_package_can_delete(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["pipeline"] == found["merged"] == found["adapter"] == expected
-    assert found["merged blocked"] and found["adapter blocked"]
+    assert found["merged blocked"] and found["adapter blocked"] and found["merged stopped"] and found["adapter stopped"]
     (windowed,) = answers(made, PROMPTS[-1:], Budget(8, 24, window=3))
     assert found["streamed"].strip() == made.text(windowed).strip()
 
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_the_card_says_what_came_out_and_its_code_runs(
-    merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merge: bool, tmp_path: Path, modules: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, made = run_of(tmp_path)
     export(run, tmp_path / "out", merge)
@@ -240,10 +253,84 @@ def test_the_card_says_what_came_out_and_its_code_runs(
     assert "| this policy, token blocked | 25.0 (10.0–90.0) | 12.5" in body
     assert "`<|delete|>` takes back the last token" in body and "7 steps of GRPO" in body
     (code,) = re.findall(r"```python\n(.*?)```", body, re.S)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    scope: dict[str, Any] = {}
-    exec(code.replace('"..."', '"1 2 3=6:"').replace("=64", "=8"), scope)
-    assert made.rules.deletes  # and nothing raised
+    capsys.readouterr()
+    exec(code.replace('"..."', f'"{PROMPTS[0]}"').replace("=64", "=8, do_sample=False"), {})
+    (rollout,) = load(tmp_path / "out").generate(PROMPTS[:1], BUDGET)
+    assert capsys.readouterr().out.strip() == f"{PROMPTS[0]}{made.text(rollout.visible)}".strip()
+    assert rollout.visible
+
+
+def body_of(config: dict[str, Any], made: Policy, run: Path) -> str:
+    content = {**RunFolder.open(run).config().model_dump(), **config}
+    return card(parse(content), SUMMARY, made, "out")
+
+
+def test_the_card_says_where_a_policy_comes_from(tmp_path: Path) -> None:
+    run, made = run_of(tmp_path)
+    assert "1000 steps of correction warm-up, then 7 steps of GRPO" in body_of({}, made, run)
+    text = body_of({"model": str(tmp_path / "{seed}"), "seed": 7}, made, run)
+    assert str(tmp_path / "7") in text and "{seed}" not in text
+    on = RunFolder.open(run).config().warmup.model_dump() | {"steps": 0}
+    text = body_of({"model": str(run), "warmup": on}, made, run)
+    assert f"going on from the run `{run}`, on the task `signs`: 7 steps of GRPO." in text
+    embedded = create("arith-1m", Delete(), Lora(**LORA), seed=0)
+    text = body_of({"model": "arith-1m"}, embedded, run)
+    assert "`arith-1m` is part of rl-backspace" in text and str(Path(rl_backspace.__file__).parent) not in text
+
+
+def test_the_card_of_a_twin_speaks_of_no_delete_token(tmp_path: Path) -> None:
+    run, _ = run_of(tmp_path)
+    twin = create(str(tmp_path / "base"), Delete(tokens={}), Lora(**LORA), seed=0)
+    text = body_of({"delete": {"tokens": {}}}, twin, run)
+    assert "without a delete token" in text and "takes back" not in text and "custom_generate" not in text
+    assert "this policy, token" not in text and "self-correction" not in text
+    publish(twin, RunFolder.open(run), tmp_path / "out")
+    assert not (tmp_path / "out" / "custom_generate").exists()
+    twin.model = twin.model.merge_and_unload()
+    publish(twin, RunFolder.open(run), tmp_path / "whole")
+    assert "trust_remote_code" not in (tmp_path / "whole" / "README.md").read_text()
+    assert load(tmp_path / "whole").generate(PROMPTS, BUDGET)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_policies_of_chat_prompts_are_asked_in_their_template(
+    merge: bool, tmp_path: Path, modules: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, made = run_of(tmp_path)
+    made.tokenizer.chat_template = "{% for m in messages %}+{{ m['content'] }}{% endfor %}="
+    made.chat = True
+    publish(made, RunFolder.open(run))
+    export(run, tmp_path / "out", merge)
+    again = load(tmp_path / "out")
+    assert again.chat and json.loads((tmp_path / "out" / "delete.json").read_text())["chat"] is True
+    (expected,) = again.generate([[{"role": "user", "content": "1 2"}]], BUDGET)
+    said = call("generate", tmp_path / "out", "1 2", "--temperature", 0, "--tokens", 8, "--json")
+    assert json.loads(said.out)["actions"] == expected.actions
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    capsys.readouterr()
+    exec(code.replace('"..."', '"1 2"').replace("=64", "=8, do_sample=False"), {})
+    assert made.text(expected.visible).strip() in capsys.readouterr().out
+
+
+def test_who_knows_nothing_of_deletes_gets_the_blocked_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, made = run_of(tmp_path)
+    export(run, tmp_path / "merged", merge=True)
+    (token,) = made.rules.deletes
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        stock.get_output_embeddings().weight[token] *= 3
+    inputs = made.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    out = stock.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert not (out == token).any()
+    assert torch.equal(out, stock.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=[token]))
+    assert load(tmp_path / "merged").model.generation_config.suppress_tokens is None
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    expected = answers(made)
+    assert generated(remote, tokenizer) == expected
+    assert generated(remote, tokenizer, custom_generate=rl_backspace.generate) == expected
+    assert generated(remote, tokenizer, delete=run) == generated(remote, tokenizer, delete=str(run)) == expected
 
 
 def test_a_run_in_progress_has_a_card_without_results(tmp_path: Path) -> None:
@@ -269,6 +356,17 @@ def test_the_command_exports(tmp_path: Path) -> None:
             "generate", tmp_path / folder, PROMPTS[0], "--temperature", 0, "--bias", BIAS, "--tokens", 8, "--json"
         ).out
         assert json.loads(record)["actions"] == expected.actions
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+def test_generate_keeps_to_a_short_context_by_itself(memory: str, tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", max_position_embeddings=48)
+    create(str(base), Delete(memory=memory), Lora(**LORA), seed=0).save(tmp_path / "adapter")  # type: ignore[arg-type]
+    record = json.loads(call("generate", tmp_path / "adapter", PROMPTS[0], "--bias", 1, "--json").out)
+    assert len(record["actions"]) > 1
+    said = call("generate", tmp_path / "adapter", PROMPTS[0], "--tokens", 50)
+    assert said.code == 2 and "--tokens" in said.errors[0] and "max_new_tokens" in said.errors[0]
+    assert "limit is 48" in call("generate", tmp_path / "adapter", "1" * 60).errors[0]
 
 
 # refusals
@@ -303,6 +401,33 @@ def test_an_adapter_for_another_base_is_told(tmp_path: Path) -> None:
     config["base_model_name_or_path"] = str(other)
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     assert "size mismatch" in refused(lambda: load(run))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_for_another_number_of_layers_is_told(layers: int, tmp_path: Path) -> None:
+    run, _ = run_of(tmp_path)
+    other = checkpoint(tmp_path / "other", num_hidden_layers=layers)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(other)
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert "the adapter does not fit its base" in refused(lambda: load(run))
+
+
+def test_saved_rules_that_are_not_the_policys_are_told(tmp_path: Path) -> None:
+    run, made = run_of(tmp_path)
+    file = run / "adapter" / "delete.json"
+    saved = json.loads(file.read_text())
+    ids = {text: index + 1 for text, index in saved["ids"].items()}
+    for change, said in (({"ids": ids}, "one of them belongs to another policy"), ({"memory": "x"}, "memory: got 'x'")):
+        file.write_text(json.dumps({**saved, **change}))
+        assert said in refused(lambda: load(run))
+    assert "memory: got 'x'" in refused(
+        lambda: generated(made.model, made.tokenizer, custom_generate=rl_backspace.generate, delete=run)
+    )
+    typo = tmp_path / "runs-typo"
+    assert "no delete.json" in refused(
+        lambda: generated(made.model, made.tokenizer, custom_generate=rl_backspace.generate, delete=typo)
+    )
 
 
 def test_a_tokenizer_without_the_token_is_told(tmp_path: Path) -> None:

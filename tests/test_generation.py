@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -11,7 +13,15 @@ import torch
 from conftest import DELETE, EOS, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    LogitsProcessor,
+    StoppingCriteria,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+)
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import rl_backspace
@@ -19,6 +29,7 @@ from rl_backspace.errors import UserError
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.semantics import Budget, Rules, replay
 
+SYNTHID = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
 WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
 PAD = 0
 
@@ -191,9 +202,6 @@ def test_a_prefix_function_is_told_the_right_row() -> None:
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_rows_that_nothing_is_left_for_end_with_the_reason(do_sample: bool) -> None:
-    def forbid(row: int, ids: Tensor) -> list[int]:
-        return [5] if row else [5, 6, EOS]
-
     _, inputs = batch(3)
     width = inputs["input_ids"].shape[1]
 
@@ -229,6 +237,45 @@ def test_sampling_is_distributed_as_the_naive_policy() -> None:
         assert abs(drawn[pair] / count - chance) < 5 * spread
 
 
+class Kept(LogitsProcessor):
+    """Multiplies by two, and brings what was forbidden back."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.clamp(min=0.0) * 2
+
+
+def test_sampling_with_processors_and_deletes_is_distributed_as_it_should_be() -> None:
+    """The second action of one prompt, drawn often: processors, a bias and what is illegal all tell."""
+    model, played, budget = model_of(seed=4), rules("erase", "ban"), Budget(3, 5)
+    prompt, count, bias = [5, 6, 7], 4000, 1.5
+    torch.manual_seed(0)
+    out = ours(
+        model,
+        {"input_ids": torch.tensor([prompt]).repeat(count, 1)},
+        played,
+        do_sample=True,
+        max_new_tokens=3,
+        max_actions=5,
+        delete_bias=bias,
+        logits_processor=[Kept()],
+    )
+    traces = [rollout.actions for rollout in out.rollouts]
+    first = max({trace[0] for trace in traces}, key=lambda token: sum(trace[0] == token for trace in traces))
+    slow = naive.Naive(played, budget)
+    slow.press(first)
+    scores = naive.logprobs(model, [*prompt, first], slow.forbidden())
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, first]])).logits[0, -1]
+    logits[sorted(WORDS)] += bias
+    expected = (logits.clamp(min=0.0) * 2).masked_fill(scores == -torch.inf, -torch.inf).softmax(-1)
+    after = [trace[1] for trace in traces if trace[0] == first]
+    assert len(after) > 300 and sum(expected[sorted(WORDS)]) > 0.1
+    seen = torch.bincount(torch.tensor(after), minlength=VOCAB) / len(after)
+    assert (seen - expected).abs().max() < 5 * (0.25 / len(after)) ** 0.5
+    for rollout in out.rollouts:
+        assert rollout.end != "stuck"  # as rows are that choose what is illegal
+
+
 def test_logprobs_are_the_policys_own_whatever_warps_the_choice() -> None:
     model = model_of()
     prompts, inputs = batch(4)
@@ -239,6 +286,68 @@ def test_logprobs_are_the_policys_own_whatever_warps_the_choice() -> None:
             expected = naive.logprobs(model, [*prompt, *slow.context()], slow.forbidden())[action]
             assert logprob == pytest.approx(expected.item(), abs=2e-4)
             slow.press(action)
+
+
+class Deaf(StoppingCriteria):
+    """Ends row i where it holds the token that it waits for; told of rows by their place."""
+
+    def __init__(self, width: int, wanted: list[int]):
+        self.width, self.wanted = width, wanted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        rows = zip(input_ids[:, self.width :].tolist(), self.wanted, strict=True)
+        return torch.tensor([token in row for row, token in rows])
+
+
+def test_criteria_are_shown_each_row_at_its_own_place() -> None:
+    model, (_, inputs) = model_of(seed=1, eager=False), batch(6)
+    width = inputs["input_ids"].shape[1]
+    wanted = both(model, inputs, max_new_tokens=10)[1][:, width + 3].tolist()
+    here, there = both(model, inputs, stopping_criteria=[Deaf(width, wanted)])
+    assert torch.equal(here, there) and here.shape[1] < width + 10
+
+
+@pytest.mark.parametrize("more", [3, 15])
+def test_length_and_end_criteria_of_ones_own_are_heard(more: int) -> None:
+    model, (_, inputs) = model_of(), batch()
+    width = inputs["input_ids"].shape[1]
+    for own in (MaxLengthCriteria(width + more), EosTokenCriteria(list(range(9 + more, 28)))):
+        here, there = both(model, inputs, stopping_criteria=[own])
+        assert torch.equal(here, there)
+
+
+def test_a_processor_may_return_another_dtype() -> None:
+    class Half(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores.half()
+
+    _, inputs = batch(3)
+    assert all(r.visible for r in ours(model_of(), inputs, logits_processor=[Half()], do_sample=True).rollouts)
+
+
+def test_a_subclass_of_a_known_warper_is_shown_ids() -> None:
+    class Cooling(TemperatureLogitsWarper):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores / input_ids.shape[1]
+
+    here, there = both(model_of(), batch()[1], do_sample=True, logits_processor=[Cooling(2.0)])
+    assert torch.equal(here, there)
+
+
+def test_processors_that_give_no_numbers_are_named_and_not_called_stuck() -> None:
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores * torch.nan
+
+    _, inputs = batch()
+    for do_sample in (False, True):
+        said = refused(lambda: ours(model_of(), inputs, logits_processor=[Broken()], do_sample=do_sample))  # noqa: B023
+        assert said.startswith("logits_processor: ")
+        broken = model_of()
+        with torch.no_grad():
+            broken.get_output_embeddings().weight[3] = torch.nan
+        said = refused(lambda: ours(broken, inputs, do_sample=do_sample))  # noqa: B023
+        assert said.startswith("the model's logits are not numbers")
 
 
 def test_the_bias_moves_how_readily_it_deletes() -> None:
@@ -266,7 +375,7 @@ def test_a_wrapped_model_generates_as_the_bare_one() -> None:
     assert [r.actions for r in ours(wrapped, inputs).rollouts] == [r.actions for r in expected]
     wrapped.train()
     ours(wrapped, inputs)
-    assert wrapped.training
+    assert model.training and all(part.training for part in wrapped.modules())
 
 
 def test_rules_may_stand_in_the_generation_config() -> None:
@@ -283,6 +392,47 @@ def test_rules_may_stand_in_the_generation_config() -> None:
     }
     out = model.generate(**inputs, custom_generate=rl_backspace.generate, do_sample=False, max_new_tokens=10)
     assert torch.equal(out, expected)
+    assert torch.equal(ours(model, inputs, model.generation_config.backspace).sequences, expected)
+    like = SimpleNamespace(**{its.name: getattr(rules(), its.name) for its in fields(Rules)})
+    assert torch.equal(ours(model, inputs, like).sequences, expected)  # type: ignore[arg-type]
+
+
+def test_what_an_export_suppresses_for_others_is_not_suppressed_here() -> None:
+    model, (_, inputs) = model_of(), batch()
+    expected, config = ours(model, inputs), model.generation_config
+    config.suppress_tokens, config.backspace = [7, *WORDS], {"suppressed": sorted(WORDS)}
+    out = ours(model, inputs)
+    assert sum(rollout.deletes for rollout in out.rollouts) > 0
+    assert not any(7 in rollout.actions for rollout in out.rollouts)
+    assert sum(r.deletes for r in ours(model, inputs, suppress_tokens=[DELETE, DELETE - 1, DELETE - 2]).rollouts) == 0
+    config.suppress_tokens = sorted(WORDS)
+    assert [r.actions for r in ours(model, inputs).rollouts] == [r.actions for r in expected.rollouts]
+    stock = model.generate(**inputs, do_sample=False, max_new_tokens=10)
+    assert not set(stock[:, inputs["input_ids"].shape[1] :].flatten().tolist()) & set(WORDS)
+
+
+def test_positions_are_the_default_ones() -> None:
+    model, (_, inputs) = model_of(), batch()
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    assert torch.equal(*(ours(model, {**inputs, **given}).sequences for given in ({}, {"position_ids": positions})))
+    assert "position_ids: got others" in refused(lambda: ours(model, {**inputs, "position_ids": positions + 1}))
+
+
+def test_stop_strings_are_a_criterion() -> None:
+    tokenizer = character_tokenizer()
+    model, played = model_of(vocab_size=len(tokenizer) + 2), Rules({len(tokenizer): "token"}, frozenset([EOS]))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    free = ours(model, inputs, played, max_new_tokens=30, max_deletes=0)
+    text = tokenizer.decode(free.rollouts[0].visible[:6])
+    out = ours(
+        model,
+        inputs,
+        played,
+        max_new_tokens=30,
+        max_deletes=0,
+        stopping_criteria=[StopStringCriteria(tokenizer, [text[-1]])],
+    )
+    assert out.rollouts[0].end == "stop" and tokenizer.decode(out.rollouts[0].visible).endswith(text[-1])
 
 
 # streams
@@ -316,6 +466,53 @@ class Watcher:
 
     def end(self) -> None:
         self.ended = True
+
+
+def test_a_streamer_is_a_stream_and_has_the_prompt_once() -> None:
+    model, ids = model_of(), torch.tensor([[5, 6, 7]])
+    there, here = Recorder(), Recorder()
+    expected = ours(model, {"input_ids": ids}, stream=there).sequences
+    assert torch.equal(ours(model, {"input_ids": ids}, streamer=here).sequences, expected)
+    assert here.got == there.got and here.ended
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    again = Recorder()
+    ours(wrapped, {"input_ids": ids}, streamer=again)
+    assert again.got == there.got and again.ended
+    assert "expected one of them" in refused(
+        lambda: ours(model, {"input_ids": ids}, streamer=Recorder(), stream=Recorder())
+    )
+
+
+class Unready(Watcher):
+    def begin(self, rules: Rules) -> None:
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_actions": 0},
+        {"num_beams": 2},
+        {"max_new_tokens": 500},
+        {"delete_bias": float("nan")},
+        {"delete": "/nowhere"},
+    ],
+)
+@pytest.mark.parametrize("name", ["stream", "streamer"])
+def test_a_stream_is_ended_whatever_is_refused(name: str, options: dict[str, Any]) -> None:
+    stream = Recorder()
+    if name == "streamer" and "num_beams" in options:
+        pytest.skip("transformers refuses that itself")
+    with pytest.raises(UserError):
+        ours(model_of(), {"input_ids": torch.tensor([[5, 6, 7]])}, **{name: stream}, **options)
+    assert stream.ended
+
+
+def test_a_stream_that_cannot_begin_is_ended_too() -> None:
+    stream = Unready()
+    with pytest.raises(RuntimeError):
+        ours(model_of(), {"input_ids": torch.tensor([[5, 6, 7]])}, stream=stream)
+    assert stream.ended
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 3])
@@ -407,6 +604,9 @@ def refused(call: Callable[[], Any]) -> str:
         ({"stream": Recorder()}, "stream: got 5 prompts; expected one"),
         ({"delete": Rules({VOCAB: "token"}, frozenset([EOS]))}, f"token {VOCAB} is not among the model's {VOCAB}"),
         ({"delete": "/nowhere"}, "delete: no delete.json of a policy at '/nowhere'"),
+        ({"delete": {"tokens": {}}}, "rules of a delete token: ids is missing"),
+        ({"delete_bias": float("inf")}, "delete_bias: got inf"),
+        ({"watermarking_config": SYNTHID, "do_sample": True}, "SynthID keeps a state"),
         ({"delete": None}, "delete: got None, and the model's generation config does not say"),
     ],
 )

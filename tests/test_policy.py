@@ -245,6 +245,7 @@ def test_the_semantics_file_says_all_that_rules_say(tmp_path: Path) -> None:
     assert saved == {
         "tokens": {"<|a|>": "answer", "<|l|>": "line"},
         "ids": {"<|a|>": CHARACTERS, "<|l|>": CHARACTERS + 1},
+        "layers": 2,
         "memory": "keep",
         "retry": "ban",
         "boundaries": [newline],
@@ -498,3 +499,15 @@ def test_chat_prompts_go_through_the_template(tmp_path: Path) -> None:
     assert "some prompts are text" in refused(lambda: made.encode([*chat, "text"]))
     made.tokenizer.chat_template = "{{ raise_exception('user must start') }}"
     assert "user must start" in refused(lambda: made.encode(chat))
+
+
+def test_what_python_is_given_by_mistake_is_told(tmp_path: Path) -> None:
+    made = policy(tmp_path / "base")
+    assert "got the text '1 2'; expected a list" in refused(lambda: made.generate("1 2", Budget(3)))  # type: ignore[arg-type]
+    assert "prompts: got 5" in refused(lambda: made.generate([5], Budget(3)))
+    assert made.generate([], Budget(3)) == [] == made.score([])
+    rollouts = made.generate(["1 2"], Budget(3))
+    assert "temperature: got 0" in refused(lambda: made.score(rollouts, temperature=0))
+    made.model.train()
+    made.score(rollouts)
+    assert made.model.base_model.model.training

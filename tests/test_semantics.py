@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import Naive
 
+from rl_backspace.errors import UserError
 from rl_backspace.semantics import Budget, IllegalAction, Machine, Rules, contexts, layout, replay
 
 EOS, NEWLINE, TOKENS = 0, 1, range(6)  # 6.. are delete tokens
@@ -164,3 +166,47 @@ def test_answer_leaves_out_the_end_of_sequence_token() -> None:
 def test_imports_without_torch() -> None:
     code = "import sys; import rl_backspace.semantics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SAVED: dict[str, Any] = {
+    "tokens": {"a": "token", "b": 3},
+    "ids": {"a": 5, "b": 6},
+    "memory": "erase",
+    "retry": "ban",
+    "boundaries": [],
+    "eos": [1],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"memory": "forget"}, "memory: got 'forget'"),
+        ({"retry": "bann"}, "retry: got 'bann'"),
+        ({"tokens": {"a": "word"}}, "tokens: got 'word' for 'a'"),
+        ({"tokens": {"a": 0}}, "tokens: got 0"),
+        ({"tokens": {"a": True}}, "tokens: got True"),
+        ({"tokens": {"c": "token"}}, "got None for a token's id"),
+        ({"ids": {"a": -1, "b": 6}}, "got -1 for a token's id"),
+        ({"eos": 1}, "eos: got 1"),
+        ({"eos": ["1"]}, "got '1' for a token's id"),
+        ({"boundaries": None}, "boundaries: got None"),
+    ],
+)
+def test_saved_rules_are_checked(change: dict[str, Any], said: str) -> None:
+    assert Rules.of(SAVED) == Rules({5: "token", 6: 3}, frozenset([1]), "erase", "ban")
+    with pytest.raises(UserError) as caught:
+        Rules.of({**SAVED, **change})
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("saved", [5, None, {}, [], *({k: v for k, v in SAVED.items() if k != key} for key in SAVED)])
+def test_what_is_no_saved_rules_is_refused(saved: Any) -> None:
+    with pytest.raises(UserError, match="rules of a delete token"):
+        Rules.of(saved)
+
+
+@pytest.mark.parametrize("given", [{"answer": 0}, {"actions": 0}, {"deletes": -1}, {"window": -1}])
+def test_a_budget_without_room_is_refused(given: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"budget: got {next(iter(given))}="):
+        Budget(**{"answer": 3, **given})
