@@ -133,9 +133,9 @@ def generate(
 ) -> BackspaceOutput | Tensor:
     """What `model.generate(..., custom_generate=generate)` calls; its arguments are given to `model.generate`.
 
-    Prompts (B, P) may be padded on either side. `max_new_tokens` counts visible tokens, and nearly all else that
-    `generate` takes means what it means there. transformers keeps `tokenizer` to itself, so that `stop_strings` needs
-    `stopping_criteria=[StopStringCriteria(tokenizer, ["\\n"])]` in its place.
+    Prompts (B, P) may be padded on either side. `max_new_tokens` counts visible tokens, as many as the model's context
+    has room for; nearly all else that `generate` takes means what it means there. transformers keeps `tokenizer` to
+    itself, so that `stop_strings` needs `stopping_criteria=[StopStringCriteria(tokenizer, ["\\n"])]` in its place.
 
     Args:
         delete: what the model's delete tokens do: `Rules`, the content of a delete.json, or a run, or the folder or
@@ -169,8 +169,12 @@ def generate(
             rules = replace(rules, eos=frozenset(token for ids in ends for token in ids))
         lengths = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         answer = min(lengths, default=generation_config.max_length) - input_ids.shape[1]
-        budget = _budget(answer, max_actions, max_deletes, window)
         prompts, padded = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        engine = Engine(model, rules, rows=len(prompts))
+        room = engine.room(prompts)
+        if max_actions is None and 0 < room < answer:  # pipelines ask for 256 tokens of any model
+            answer = room
+        budget = _budget(answer, max_actions, max_deletes, window)
         sampling = HuggingFace(
             delete_bias=delete_bias,
             do_sample=generation_config.do_sample,
@@ -182,7 +186,6 @@ def generate(
             device=input_ids.device,
             draw_all=not rules.deletes or max_deletes == 0,
         )
-        engine = Engine(model, rules, rows=len(prompts))
         if feed.stream is not None:
             if len(prompts) > 1:
                 raise UserError(f"stream: got {len(prompts)} prompts; expected one, since a stream shows one answer")

@@ -79,7 +79,9 @@ class Asker:
         for entry, attempt in begun:
             entry.attempts.append(attempt)
         late, most = self.config.late, self.engine.backbone.max_length
-        going_on = [(e.prompt, a) for e, a in begun if len(e.prompt) + len(a) + late <= most] if late else []
+        if not late:
+            return
+        going_on = [(e.prompt, a) for e, a in begun if len(e.prompt) + len(a) + late <= most]
         room = replace(self.teacher.budget, answer=late, actions=None, deletes=0)
         asked, sampling = [prompt + attempt for prompt, attempt in going_on], Sampling(self.config.temperature)
         rollouts = self.engine.run(asked, room, sampling, self.generator)

@@ -493,7 +493,7 @@ class Unready(Watcher):
     [
         {"max_actions": 0},
         {"num_beams": 2},
-        {"max_new_tokens": 500},
+        {"max_new_tokens": 500, "max_actions": 500},
         {"delete_bias": float("nan")},
         {"delete": "/nowhere"},
     ],
@@ -599,7 +599,7 @@ def refused(call: Callable[[], Any]) -> str:
         ({"max_deletes": -1}, "max_deletes: got -1; expected 0 or more"),
         ({"window": -1}, "window: got -1; expected 0 or more"),
         ({"guidance_scale": 1.5}, "guidance_scale: guidance"),
-        ({"max_new_tokens": 500}, "the model's limit is 128"),
+        ({"max_new_tokens": 500, "max_actions": 500, "delete": rules("keep")}, "the model's limit is 128"),
         ({"prompt_lookup_num_tokens": 3}, "cannot delete; expected greedy or sampling"),
         ({"stream": Recorder()}, "stream: got 5 prompts; expected one"),
         ({"delete": Rules({VOCAB: "token"}, frozenset([EOS]))}, f"token {VOCAB} is not among the model's {VOCAB}"),
@@ -614,6 +614,17 @@ def test_what_has_no_meaning_is_refused_in_one_line(options: dict[str, Any], sai
     _, inputs = batch()
     options = {"delete": rules(), "max_new_tokens": 8, **options}
     assert said in refused(lambda: model_of().generate(**inputs, custom_generate=rl_backspace.generate, **options))
+
+
+@pytest.mark.parametrize("memory", ["erase", "keep", "hint"])
+def test_an_answer_is_no_longer_than_the_context_has_room_for(memory: str) -> None:
+    """A pipeline asks for 256 tokens of any model."""
+    model = model_of(eager=False)
+    prompt = torch.randint(3, VOCAB - 3, (1, 100))
+    (rollout,) = ours(model, {"input_ids": prompt}, rules(memory), max_new_tokens=256, eos_token_id=[30]).rollouts
+    assert len(rollout.visible) <= 28 and rollout.end in ("length", "eos", "budget")
+    full = torch.randint(3, VOCAB - 3, (1, 128))
+    assert "the longest prompt has 128 tokens" in refused(lambda: ours(model, {"input_ids": full}, rules(memory)))
 
 
 def test_a_prompt_of_padding_alone_is_refused() -> None:

@@ -65,6 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "WANDB_SWEEP_ID", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background ignores
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     return tmp_path
 
@@ -721,7 +722,7 @@ def test_runs_that_outlive_their_sweep_are_waited_for(sweeping: BaseProcess) -> 
     result = call("sweep", "s.yaml")
     assert (result.code, result.errors) == (
         2,
-        ["runs/s: runs of this sweep are going on; wait for them, or end them"],
+        ["runs/s: its runs are going on; wait for them, or end them"],
     )
     log = next(Path("runs/s").glob("seed=99*.log"))
     pids = [int(line.name) for line in Path("/proc").iterdir() if line.name.isdigit() and _writes(line, log)]
