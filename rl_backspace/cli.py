@@ -257,6 +257,8 @@ def _asked(prompts: list[str], file: Path | None) -> list[Any]:
     """The prompts that the user gave."""
     import json
 
+    from rl_backspace.plugins import is_prompt
+
     asked: list[Any] = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
     if file is None:
         return asked
@@ -276,19 +278,13 @@ def _asked(prompts: list[str], file: Path | None) -> list[Any]:
         except ValueError:
             content = None
         prompt = content.get("prompt") if isinstance(content, dict) else content
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise UserError(
                 f"{file}: line {number} has no prompt; expected a JSON string, a list of chat messages, each with role "
                 'and content, or an object with one of them as "prompt"'
             )
         asked.append(prompt)
     return asked
-
-
-def _is_prompt(value: Any) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    return bool(value) and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)
 
 
 @app.command()

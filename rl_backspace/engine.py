@@ -122,7 +122,7 @@ class Running:
 
     @property
     def context(self) -> list[int]:
-        return [*self.prompt, *(self.machine.trace[slot] for slot in self.machine.path)]
+        return [*self.prompt, *self.machine.context]
 
     def finish(self) -> Rollout:
         machine = self.machine

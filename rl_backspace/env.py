@@ -136,7 +136,7 @@ class BackspaceEnv(gymnasium.Env[Any, Any]):
         return strike(self.machine.trace, self.policy.tokenizer, self.policy.rules, before, marks=True).plain
 
     def _observe(self) -> dict[str, np.ndarray]:
-        ids = [*self._prompt, *(self.machine.trace[slot] for slot in self.machine.path)]
+        ids = [*self._prompt, *self.machine.context]
         context = np.zeros(self.capacity, np.int64)
         context[: len(ids)] = ids
         mask = np.ones(self.vocabulary, np.int8)

@@ -80,6 +80,12 @@ def publish(policy: Policy, run: RunFolder, folder: Path | None = None) -> None:
     policy.save(folder)
     if policy.rules.deletes:
         write_code(folder, policy.semantics())
+    write_card(policy, run, folder)
+
+
+def write_card(policy: Policy, run: RunFolder, folder: Path | None = None) -> None:
+    """README.md beside a saved policy, from what the run has left so far."""
+    folder = folder or run.policy
     (folder / "README.md").write_text(card(run.config(), run.summary(), policy, str(folder)), encoding="utf-8")
 
 

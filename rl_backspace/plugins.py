@@ -182,7 +182,7 @@ def _rows(rows: Any, fn: str) -> list[Row]:
     except TypeError as error:
         raise UserError(f"task: {fn} gave a {type(rows).__name__} for rows; expected a list of them") from error
     for row in rows:
-        if not isinstance(row, dict) or not _is_prompt(row.get("prompt")) or not isinstance(row.get("answer"), str):
+        if not isinstance(row, dict) or not is_prompt(row.get("prompt")) or not isinstance(row.get("answer"), str):
             raise UserError(
                 f"task: {fn} gave the row {' '.join(str(row).split())[:80]}; "
                 "expected a 'prompt', text or chat messages, and an 'answer', text"
@@ -193,7 +193,7 @@ def _rows(rows: Any, fn: str) -> list[Row]:
     return rows
 
 
-def _is_prompt(prompt: Any) -> bool:
+def is_prompt(prompt: Any) -> bool:
     """Whether it is text or chat messages."""
     if isinstance(prompt, list):
         return bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)

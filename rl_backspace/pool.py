@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rl_backspace.backbone import evaluating
 from rl_backspace.config import Warmup
 from rl_backspace.corrections import Source
 from rl_backspace.engine import Engine, Rollout, Sampling
@@ -97,10 +98,8 @@ class Asker:
         ids, real = batched(prompts, traces, self.policy.tokenizer.pad_token_id)
         ids = ids.to(self.engine.backbone.device)
         packed = pack(ids, real, max(map(len, traces)), self.policy.rules, budget)
-        was_training = model.training
-        model.eval()
-        logprobs = distributions(model, packed)
-        model.train(was_training)
+        with evaluating(model):
+            logprobs = distributions(model, packed)
         return logprobs, packed.choices
 
     def _uncertain(self, entries: Sequence[Entry]) -> Iterator[list[tuple[int, int]]]:

@@ -22,7 +22,7 @@ from rl_backspace.engine import Engine, Rollout
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.evaluate import evaluate, is_right
 from rl_backspace.experiment import REFUSALS, Experiment
-from rl_backspace.export import publish
+from rl_backspace.export import publish, write_card
 from rl_backspace.folder import RunFolder
 from rl_backspace.keyboard import keyboard_of
 from rl_backspace.policy import Policy
@@ -73,7 +73,7 @@ def train(experiment: Experiment, out: Path) -> Path:
         summary |= {"detector": detector, "warmup_actions": warmup_actions}
         summary["reference_actions"] = reference_actions(experiment)
         folder.summarise(summary)
-        publish(policy, folder)  # again, for its card has the results
+        write_card(policy, folder)  # again, with the results
     with contextlib.suppress(OSError):  # empty unless trainer.save_strategy asks for checkpoints
         (out / "checkpoints").rmdir()
     report(experiment, stages, summary, folder)

@@ -258,6 +258,11 @@ class Machine:
         self.end = end
 
     @property
+    def context(self) -> list[int]:
+        """The token ids after the prompt that the next action is conditioned on."""
+        return [self.trace[slot] for slot in self.path]
+
+    @property
     def answer(self) -> list[int]:
         """The visible tokens without the one that ended them."""
         return self.visible[:-1] if self.end == "eos" else self.visible
@@ -329,5 +334,5 @@ def contexts(trace: Sequence[int], rules: Rules, budget: Budget | None = None) -
     """For each action, the token ids after the prompt that it was conditioned on."""
     machine = Machine(rules, budget or unlimited(trace))
     for action in trace:
-        yield [trace[slot] for slot in machine.path]
+        yield machine.context
         machine.step(action)
