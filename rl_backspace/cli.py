@@ -340,6 +340,7 @@ def study(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a study file, such as experiments/studies/study.yaml")],
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: runs/<the study's name>")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="an experiment to run, not all; can be repeated")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the runs, stop")] = False,
 ) -> None:
     """Does deleting help? Experiments beside twins without a token, over seeds: a table, a picture and what they say.
@@ -348,7 +349,7 @@ def study(
     """
     from rl_backspace.study import run_study
 
-    raise typer.Exit(run_study(file, out, jobs, dry_run))
+    raise typer.Exit(run_study(file, out, jobs, dry_run, only or ()))
 
 
 @app.command()

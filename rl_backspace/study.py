@@ -9,6 +9,9 @@ A study file, in YAML:
     seeds: [0, 1, 2]
     experiments:                     # name: an experiment file, and overrides of it
       signs: {config: experiments/arith.yaml, set: ["trainer.max_steps=400"]}
+      keep: {config: experiments/arith.yaml, set: ["delete.memory=keep"], twin: signs}    # beside that one's twin
+
+config.yaml, summary.json and controls.json of each run are all that the results are written from.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from rl_backspace.config import Config, Seed, Strict, is_name, override, parse, 
 from rl_backspace.controls import TRIES
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.experiment import WARMUP_DEFAULTS
-from rl_backspace.folder import RunFolder, atomically, is_run, refuse_existing
-from rl_backspace.sweep import claimed, is_finished, move_aside, resolve, run_all, tell
+from rl_backspace.folder import atomically, is_run, refuse_existing
+from rl_backspace.sweep import claimed, is_config, is_finished, move_aside, resolve, run_all, tell
 
 DECODINGS = ("sampled", "greedy")
 ARMS = {
@@ -59,6 +62,7 @@ TWIN = ("delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "warmup.group=1")
 class Entry(Strict):
     config: str
     set: tuple[str, ...] = Field(default=(), strict=False, description="overrides, as on the command line")
+    twin: str | None = Field(default=None, description="the experiment whose twin is this one's too; null: its own")
 
 
 class Study(Strict):
@@ -69,16 +73,25 @@ class Study(Strict):
 
 @dataclass(frozen=True)
 class Pair:
-    """One experiment with one seed: the policy's config and, once it has run, the twin's."""
+    """One experiment with one seed: the policy's config and, once it has run, the twin's.
+
+    Attributes:
+        beside: the experiment whose twin this policy is compared with; None: its own.
+    """
 
     experiment: str
     seed: int
     file: str
     overrides: tuple[str, ...]
+    beside: str | None = None
 
     @property
     def id(self) -> str:
         return f"{self.experiment}-{self.seed}"
+
+    def runs(self, folder: Path) -> tuple[Path, Path]:
+        """Where the policy and the twin that it is compared with are."""
+        return folder / self.id / "policy", folder / f"{self.beside or self.experiment}-{self.seed}" / "twin"
 
     def arguments(self, extra: Sequence[str] = ()) -> list[str]:
         return [*self.overrides, f"seed={self.seed}", f"evaluation.controls={TRIES}", *extra]
@@ -127,8 +140,11 @@ def read(path: Path) -> tuple[Study, list[Pair]]:
     if study is None:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     pairs = [
-        Pair(name, seed, entry.config, entry.set) for seed in study.seeds for name, entry in study.experiments.items()
+        Pair(name, seed, entry.config, entry.set, entry.twin)
+        for seed in study.seeds
+        for name, entry in study.experiments.items()
     ]
+    of = {pair.id: pair for pair in pairs}
     if len(set(study.seeds)) < len(study.seeds):
         problems.append(f"{path}: seeds: got {study.seeds}; give each once")
     told: dict[str, list[str]] = {}
@@ -143,32 +159,54 @@ def read(path: Path) -> tuple[Study, list[Pair]]:
             lines = resolve(base, pair.arguments(TWIN), told)[1]
         if config is not None and ("{seed}" in config.model or is_run(Path(config.model)) or not config.delete.tokens):
             lines = ["a study trains the policy from its base model, with a delete token; change that key"]
+        if not lines and pair.beside is not None:
+            lines = _beside(pair, of.get(f"{pair.beside}-{pair.seed}"))
         problems += [f"{path}: experiments.{pair.experiment}: {line}" for line in lines]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return study, pairs
 
 
-def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool) -> int:
+def _beside(pair: Pair, other: Pair | None) -> list[str]:
+    """What is wrong with comparing a policy with another experiment's twin."""
+    if other is None or other.beside is not None:
+        return [f"twin: got {pair.beside!r}; expected an experiment of this study that has a twin of its own"]
+    try:
+        ours, theirs = pair.config(), other.config()
+    except UserError:  # told where it stands
+        return []
+    for key in ("model", "task", "lora", "algorithm", "evaluation"):
+        if getattr(ours, key) != getattr(theirs, key):
+            return [f"twin: {pair.beside} has another {key}, so its twin is no twin of this one; leave twin out"]
+    return []
+
+
+def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool, only: Sequence[str] = ()) -> int:
     """Run what is left of a study, seed by seed the policies and then their twins, and write what came out.
+
+    Args:
+        only: experiments to run, with those whose twins they need; none: all. Those that are there are written, all.
 
     Returns:
         The exit code: 1 where a run failed, 130 where Ctrl-C ended it.
 
     Raises:
-        UserError: mistakes in the file, or a folder that holds something else.
+        UserError: mistakes in the file, an unknown experiment, or a folder that holds something else.
     """
     study, pairs = read(path)
+    chosen = _chosen(study, only)
     folder = out or Path("runs") / study.name
     if not (folder / KEPT).is_file():
         refuse_existing(folder)
-    policies = {pair.id: folder / pair.id / "policy" for pair in pairs}
-    twins = {pair.id: folder / pair.id / "twin" for pair in pairs}
+    policies = {pair.id: pair.runs(folder)[0] for pair in pairs}
+    twins = {pair.id: pair.runs(folder)[1] for pair in pairs if pair.beside is None}
     for pair in pairs:
         _is_done(policies[pair.id], pair)
-        _is_done(twins[pair.id], pair, policies[pair.id])
+        if pair.beside is None:
+            _is_done(twins[pair.id], pair, policies[pair.id])
     if dry_run:
-        print(*(place for pair in pairs for place in (policies[pair.id], twins[pair.id])), sep="\n")
+        chosen_pairs = [pair for pair in pairs if pair.experiment in chosen]
+        print(*dict.fromkeys(place for pair in chosen_pairs for place in pair.runs(folder)), sep="\n")
         return 0
     failed, interrupted = False, False
     with claimed(folder) as lock:
@@ -177,17 +215,25 @@ def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool) -> int:
             temporary.write_bytes(text)
         try:
             for seed in study.seeds:
-                mine = [pair for pair in pairs if pair.seed == seed]
+                mine = [pair for pair in pairs if pair.seed == seed and pair.experiment in chosen]
                 failed |= _run(mine, policies, {}, jobs, lock)
-                mine = [pair for pair in mine if is_finished(policies[pair.id])]
+                mine = [pair for pair in mine if pair.id in twins and is_finished(policies[pair.id])]
                 failed |= _run(mine, twins, policies, jobs, lock)
         except KeyboardInterrupt:
             print("interrupted; the same command does the others", file=sys.stderr)
             interrupted = True
-    complete = [pair for pair in pairs if is_finished(policies[pair.id]) and is_finished(twins[pair.id])]
+    complete = [pair for pair in pairs if all(map(is_finished, pair.runs(folder)))]
     if complete:
         write(complete, [pair.id for pair in pairs if pair not in complete], folder)
     return 130 if interrupted else int(failed)
+
+
+def _chosen(study: Study, only: Sequence[str]) -> set[str]:
+    """The experiments to run."""
+    if unknown := [name for name in only if name not in study.experiments]:
+        raise UserError(f"--only {unknown[0]}: not in the study; it has {', '.join(study.experiments)}")
+    names = set(only or study.experiments)
+    return names | {twin for name in names if (twin := study.experiments[name].twin)}
 
 
 def _run(pairs: Sequence[Pair], places: Mapping[str, Path], policies: Mapping[str, Path], jobs: int, lock: int) -> bool:
@@ -216,7 +262,7 @@ def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:
         raise UserError(
             f"{place}: a twin whose policy {policy} is not there; remove the twin, or bring the policy back"
         )
-    if RunFolder.open(place).config() != pair.config(pair.twin(policy) if policy else []):
+    if not is_config(place / "config.yaml", pair.config(pair.twin(policy) if policy else [])):
         raise UserError(f"{place}: made with another config, since the study or its experiment changed; give --out")
     return True
 
@@ -227,7 +273,7 @@ def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:
 def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
     """Accuracy, actions and deletes per answer of each arm: by experiment, seed and decoding."""
     for pair in pairs:
-        policy, twin = (_controls(folder / pair.id / which) for which in ("policy", "twin"))
+        policy, twin = map(_controls, pair.runs(folder))
         for how in DECODINGS:
             arms = policy[how]["arms"]
             spent = arms["allowed"]["actions_per_answer"]
@@ -379,7 +425,11 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> None:
         with atomically(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
     with atomically(folder / "results.png") as temporary:
-        curves = {(p.experiment, p.seed, w): _controls(folder / p.id / w) for p in pairs for w in ("policy", "twin")}
+        curves = {
+            (pair.experiment, pair.seed, which): _controls(run)
+            for pair in pairs
+            for which, run in zip(("policy", "twin"), pair.runs(folder), strict=True)
+        }
         draw_study(found, curves, temporary)
 
 
@@ -422,20 +472,22 @@ def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
     lines, seconds = [], 0.0
     for experiment in dict.fromkeys(pair.experiment for pair in pairs):
         mine = [pair for pair in pairs if pair.experiment == experiment]
-        policies, twins = ([_summary(folder / pair.id / which) for pair in mine] for which in ("policy", "twin"))
-        seconds += sum(summary["seconds"] for summary in (*policies, *twins))
+        policies, twins = zip(*(map(_summary, pair.runs(folder)) for pair in mine), strict=True)
+        seconds += sum(summary["seconds"] for summary in (*policies, *(twins if mine[0].beside is None else ())))
         counted = ("warmup_actions", "actions")
         (warm, rl), (twin_warm, twin_rl) = (
             [sum(s[key] for s in side) for key in counted] for side in (policies, twins)
         )
         fewer = any(twin[key] < policy[key] for policy, twin in zip(policies, twins, strict=True) for key in counted)
         checked = "; its corrections are labelled by the task's check of prefixes" if _is_checked(mine[0]) else ""
+        whose = f" of {mine[0].beside}" if mine[0].beside else ""
         lines.append(
             f"- {experiment}, seeds {', '.join(str(pair.seed) for pair in mine)}: trained on {warm:,} actions in the "
-            f"warm-up and {rl:,} in RL{checked}. The twin: {twin_warm:,} and {twin_rl:,}"
+            f"warm-up and {rl:,} in RL{checked}. The twin{whose}: {twin_warm:,} and {twin_rl:,}"
             f"{', FEWER for some seed' if fewer else ''}."
         )
-    took = f"- {2 * len(pairs)} runs took {seconds / 3600:.1f} hours in all. The settings were chosen for the policy."
+    count = len({run for pair in pairs for run in pair.runs(folder)})
+    took = f"- {count} runs took {seconds / 3600:.1f} hours in all. The settings were chosen for the policy."
     return [*lines, took]
 
 

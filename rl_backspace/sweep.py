@@ -232,7 +232,7 @@ def _finished(places: Mapping[str, Path], sweep: Sweep, configs: Mapping[str, Co
         UserError: one was made with another config, because the experiment file has changed since.
     """
     done = {id for id, place in places.items() if is_finished(place)}
-    others = [str(places[id]) for id in done if not _is_config(places[id] / "config.yaml", configs[id])]
+    others = [str(places[id]) for id in done if not is_config(places[id] / "config.yaml", configs[id])]
     if others:
         raise UserError(
             f"{min(others)}: made when {sweep.config} was another, as {len(others)} of the runs there were; "
@@ -241,7 +241,8 @@ def _finished(places: Mapping[str, Path], sweep: Sweep, configs: Mapping[str, Co
     return done
 
 
-def _is_config(path: Path, config: Config) -> bool:
+def is_config(path: Path, config: Config) -> bool:
+    """Whether the file holds this config."""
     try:
         return parse(read_yaml(path)) == config
     except UserError:

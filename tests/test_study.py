@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,53 @@ def test_where_nothing_is_wrong_there_is_no_share_of_errors(here: Path, runner: 
     assert {verdict.errors for verdict in verdicts(changed(records, "twin", [1.0] * 3))} == {None}
 
 
+BESIDE = {
+    "keep": {"config": "experiment.yaml", "set": ["delete.memory=keep"], "twin": "signs"},
+    "signs": {"config": "experiment.yaml", "set": ["trainer.max_steps=6"]},
+}
+
+
+def test_a_policy_can_be_put_beside_the_twin_of_another(here: Path, runner: list[list[str]]) -> None:
+    write_study(experiments=BESIDE, seeds=[0, 1])
+    assert call("study", "study.yaml").code == 0
+    assert [command[-1] for command in runner[:3]] == [
+        f"runs/s/{run}" for run in ("keep-0/policy", "signs-0/policy", "signs-0/twin")
+    ]
+    assert len(runner) == 6
+    mine, theirs = ([v for v in verdicts(records_of(here)) if v.experiment == name] for name in BESIDE)
+    assert [v.accuracy["twin"] for v in mine] == [v.accuracy["twin"] for v in theirs]
+    text = (here / "runs/s/results.md").read_text()
+    assert "The twin of signs: 1,400 and 2,400" in text and "6 runs took 0.1 hours" in text
+
+
+def records_of(here: Path) -> list[dict[str, Any]]:
+    return list(rows(read(Path("study.yaml"))[1], here / "runs" / "s"))
+
+
+def test_some_experiments_alone_are_run_with_the_twins_they_need(here: Path, runner: list[list[str]]) -> None:
+    write_study(experiments={**BESIDE, "longer": {"config": "experiment.yaml"}}, seeds=[0])
+    assert call("study", "study.yaml", "--only", "keep").code == 0
+    assert {command[-1] for command in runner} == {
+        f"runs/s/{run}" for run in ("keep-0/policy", "signs-0/policy", "signs-0/twin")
+    }
+    del runner[:]
+    assert call("study", "study.yaml", "--only", "longer").code == 0 and len(runner) == 2
+    assert "not counted" not in (here / "runs/s/results.md").read_text()
+    result = call("study", "study.yaml", "--only", "kep")
+    assert result.code == 2 and "--only kep: not in the study; it has keep" in result.err
+
+
+def test_results_can_be_written_from_small_files_alone(here: Path, runner: list[list[str]]) -> None:
+    call("study", "study.yaml")
+    text = (here / "runs/s/results.md").read_text()
+    kept = ("config.yaml", "controls.json", "summary.json")
+    for path in [path for path in here.glob("runs/s/*/*/*") if path.name not in kept]:
+        shutil.rmtree(path)
+    del runner[:]
+    assert call("study", "study.yaml").code == 0
+    assert not runner and (here / "runs/s/results.md").read_text() == text
+
+
 def test_dry_runs_only_tell(here: Path, runner: list[list[str]]) -> None:
     result = call("study", "study.yaml", "--dry-run", "--out", "elsewhere")
     assert result.code == 0 and len(result.out.split()) == 6 and "elsewhere/signs-0/policy" in result.out
@@ -257,6 +305,15 @@ def test_dry_runs_only_tell(here: Path, runner: list[list[str]]) -> None:
         ),
         ({"experiments": {"a": {"config": "experiment.yaml", "set": ["delete.tokens={}"]}}}, "with a delete token"),
         ({"experiments": {"a": {"config": "experiment.yaml", "set": ["model=runs/x-{seed}"]}}}, "from its base model"),
+        ({"experiments": {"a": {"config": "experiment.yaml", "twin": "b"}}}, "experiments.a: twin: got 'b'; expected"),
+        (
+            {"experiments": {**BESIDE, "a": {"config": "experiment.yaml", "twin": "keep"}}},
+            "experiments.a: twin: got 'keep'; expected",
+        ),
+        (
+            {"experiments": {**BESIDE, "a": {"config": "experiment.yaml", "set": ["task.count=4"], "twin": "signs"}}},
+            "experiments.a: twin: signs has another task",
+        ),
     ],
 )
 def test_bad_studies_are_refused_in_one_line(fields: dict[str, Any], said: str, here: Path) -> None:
