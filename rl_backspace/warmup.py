@@ -32,7 +32,7 @@ from rl_backspace.scoring import Packed, action_logprobs, batched, pack, packed_
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
 
-POOL = 256  # prompts that the model is asked about at each refresh, for each source that asks it
+POOL = 2048  # answers that the model is asked for at each refresh, by each source that asks it: `group` a prompt
 HELD_OUT = 128  # test prompts that the detector is measured on
 Example = tuple[Entry, Correction]
 
@@ -81,7 +81,7 @@ class Corrections(Dataset):
         for source in self.sources:
             if source in FROM_MODEL and self.corrector.clean < 1:
                 rng = random.Random(f"{self.seed}/{source}/{step}")
-                chosen = rng.sample(range(len(self.rows)), min(POOL, len(self.rows)))
+                chosen = rng.sample(range(len(self.rows)), min(-(-POOL // self.group), len(self.rows)))
                 self.pool[source] = asker.ask(source, [self.rows[i] for i in chosen], [self.prompts[i] for i in chosen])
 
 

@@ -129,7 +129,7 @@ def test_sources_are_drawn_by_their_weights(policy: Policy) -> None:
 def test_a_refresh_asks_about_other_prompts_and_moves_no_other_dice(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warmup, "POOL", 10)
+    monkeypatch.setattr(warmup, "POOL", 30)
     dataset, asker = refreshed(policy, sources=EVERY)
     assert {source: len(pool) for source, pool in dataset.pool.items()} == dict.fromkeys(FROM_MODEL, 10)
     before, first = dict(dataset.pool), made(dataset, range(12))
