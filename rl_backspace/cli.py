@@ -341,6 +341,9 @@ def study(
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: runs/<the study's name>")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="an experiment to run, not all; can be repeated")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="a Markdown file: the table goes between its <!-- study --> and <!-- /study -->")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, print the runs, stop")] = False,
 ) -> None:
     """Does deleting help? Experiments beside twins without a token, over seeds: a table, a picture and what they say.
@@ -349,7 +352,7 @@ def study(
     """
     from rl_backspace.study import run_study
 
-    raise typer.Exit(run_study(file, out, jobs, dry_run, only or ()))
+    raise typer.Exit(run_study(file, out, jobs, dry_run, only or (), into))
 
 
 @app.command()

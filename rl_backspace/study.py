@@ -56,6 +56,7 @@ EXPLANATION = (
 )
 COLUMNS = ("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n")
 KEPT = "study.yaml"
+MARKS = ("<!-- study -->", "<!-- /study -->")
 TWIN = ("delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "warmup.group=1")
 
 
@@ -181,20 +182,25 @@ def _beside(pair: Pair, other: Pair | None) -> list[str]:
     return []
 
 
-def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool, only: Sequence[str] = ()) -> int:
+def run_study(
+    path: Path, out: Path | None, jobs: int, dry_run: bool, only: Sequence[str] = (), into: Path | None = None
+) -> int:
     """Run what is left of a study, seed by seed the policies and then their twins, and write what came out.
 
     Args:
         only: experiments to run, with those whose twins they need; none: all. Those that are there are written, all.
+        into: a Markdown file, which gets the table between its lines `MARKS`.
 
     Returns:
         The exit code: 1 where a run failed, 130 where Ctrl-C ended it.
 
     Raises:
-        UserError: mistakes in the file, an unknown experiment, or a folder that holds something else.
+        UserError: mistakes in the file, an unknown experiment, a folder that holds something else, or no marks.
     """
     study, pairs = read(path)
     chosen = _chosen(study, only)
+    if into is not None:
+        _between_marks(into)
     folder = out or Path("runs") / study.name
     if not (folder / KEPT).is_file():
         refuse_existing(folder)
@@ -224,8 +230,24 @@ def run_study(path: Path, out: Path | None, jobs: int, dry_run: bool, only: Sequ
             interrupted = True
     complete = [pair for pair in pairs if all(map(is_finished, pair.runs(folder)))]
     if complete:
-        write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+        table = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+        if into is not None:
+            before, after = _between_marks(into)
+            with atomically(into) as temporary:
+                temporary.write_text(f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}", encoding="utf-8")
     return 130 if interrupted else int(failed)
+
+
+def _between_marks(path: Path) -> tuple[str, str]:
+    """What stands before the table's place in a Markdown file, and after it."""
+    try:
+        before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    except (OSError, ValueError) as error:
+        raise UserError(f"--into {path}: {one_line(error)}; give a Markdown file") from error
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise UserError(f"--into {path}: no lines {MARKS[0]} and {MARKS[1]}; add them where the table is to go")
+    return before, after
 
 
 def _chosen(study: Study, only: Sequence[str]) -> set[str]:
@@ -409,13 +431,14 @@ def _over(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> None:
-    """results.csv, results.md and results.png in the study's folder, and the page on the terminal."""
+def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
+    """results.csv, results.md and results.png in the study's folder, and the page on the terminal; its table."""
     from rl_backspace.picture import draw_study
 
     records = list(rows(pairs, folder))
     found = verdicts(records)
-    text = page(found, pairs, missing, folder)
+    table = table_of(found)
+    text = "\n".join([table, *details(found, pairs, missing, folder), ""])
     print(text)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
@@ -431,10 +454,11 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> None:
             for which, run in zip(("policy", "twin"), pair.runs(folder), strict=True)
         }
         draw_study(found, curves, temporary)
+    return table
 
 
-def page(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
-    """The table and what it says, in Markdown; every number from the results."""
+def table_of(found: Sequence[Verdict]) -> str:
+    """The table and how to read it, in Markdown."""
     lines = [f"| task | decoding | {' | '.join(ARMS.values())} | errors |", f"|---|---|{'---:|' * (len(ARMS) + 1)}"]
     for one in found:
         cells = {arm: _percent(one.accuracy[arm]) for arm in ARMS}
@@ -452,8 +476,13 @@ def page(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str]
         "",
         f"The delete token wins {sum(one.beats for one in found)} of {len(found)} comparisons; by both decodings on "
         f"{', '.join(won) if won else 'no task'}.",
-        "",
     ]
+    return "\n".join([*lines, ""])
+
+
+def details(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> list[str]:
+    """What the results say beyond the table, a line each."""
+    lines = []
     for one in found:
         lines += [
             f"- {one.experiment}, {one.decoding}: {_percent(one.above['twin'], '+')} over the twin, "
@@ -464,7 +493,7 @@ def page(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str]
     lines += ["", *_training(pairs, folder)]
     if missing:
         lines += ["", f"Not there, and not counted: {', '.join(missing)}."]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:

@@ -282,6 +282,26 @@ def test_results_can_be_written_from_small_files_alone(here: Path, runner: list[
     assert not runner and (here / "runs/s/results.md").read_text() == text
 
 
+def test_the_table_goes_into_a_page_of_ones_own(here: Path, runner: list[list[str]]) -> None:
+    Path("README.md").write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
+    for _ in range(2):
+        assert call("study", "study.yaml", "--into", "README.md").code == 0
+        text = Path("README.md").read_text()
+        assert text.startswith("before\n<!-- study -->\n| task |") and text.endswith("signs.\n<!-- /study -->\nafter\n")
+    assert text.split("-->\n")[1].removesuffix("<!-- /study ") in Path("runs/s/results.md").read_text()
+
+
+@pytest.mark.parametrize("content", [None, "words", "<!-- study -->", "<!-- /study --><!-- study -->"])
+def test_a_page_without_a_place_for_the_table_is_left_alone(
+    content: str | None, here: Path, runner: list[list[str]]
+) -> None:
+    if content is not None:
+        Path("README.md").write_text(content)
+    result = call("study", "study.yaml", "--into", "README.md")
+    assert result.code == 2 and len(result.errors) == 1 and "--into README.md: " in result.err and not runner
+    assert content is None or Path("README.md").read_text() == content
+
+
 def test_dry_runs_only_tell(here: Path, runner: list[list[str]]) -> None:
     result = call("study", "study.yaml", "--dry-run", "--out", "elsewhere")
     assert result.code == 0 and len(result.out.split()) == 6 and "elsewhere/signs-0/policy" in result.out
