@@ -1,0 +1,117 @@
+"""The written-out step is the stock one: values, adapters, and where it may not be taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB, tiny
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rl_backspace.backbone import Backbone, PointerCache
+from rl_backspace.engine import GREEDY, Engine
+from rl_backspace.fused import fuse
+from rl_backspace.semantics import Budget, Rules
+
+FUSED = ("Llama", "Mistral", "Qwen2", "Qwen3")
+LENGTH, ROWS = 24, 5
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora(model: Any, **overrides: Any) -> Any:
+    """With an adapter whose matrices are both random, so that it changes what the model says."""
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **overrides)).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(weight, std=0.2)
+    return adapted
+
+
+@torch.inference_mode()
+def walk(model: Any, fused: bool) -> torch.Tensor:
+    """Hidden states of random tokens fed at random places of rows of different lengths, rows leaving on the way."""
+    backbone = Backbone(model)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, VOCAB, (ROWS, 6), generator=generator)
+    _, prefilled = backbone.prefill(prompts)
+    cache = PointerCache(prefilled, ROWS, LENGTH)
+    cache.fill(0, prefilled, torch.arange(ROWS))
+    step = fuse(backbone.causal, LENGTH) if fused else backbone.decode
+    assert step is not None
+    lengths, out = torch.full((ROWS,), 6), []
+    for turn in range(40):
+        back = torch.randint(0, 4, (ROWS,), generator=generator)
+        lengths = torch.where(torch.rand(ROWS, generator=generator) < 0.3, (lengths - back).clamp(min=3), lengths)
+        rows = ROWS - (turn > 20) * 2
+        tokens = torch.randint(3, VOCAB, (rows,), generator=generator)
+        out.append(step(tokens, lengths[:rows], cache))
+        lengths = (lengths + 1).clamp(max=LENGTH - 1)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", FUSED)
+def test_equals_the_stock_step(family: str, adapted: bool, attention: str) -> None:
+    model = tiny(family, attn_implementation=attention)
+    for name, weight in model.named_parameters():  # norms and biases that do something
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(weight, mean=1.0, std=0.3)
+    model = lora(model) if adapted else model
+    stock, ours = walk(model, fused=False), walk(model, fused=True)
+    assert (stock - ours).abs().max() < 1e-5 * max(1.0, stock.abs().max().item())
+
+
+def test_biases_beside_layers_without_them_are_kept() -> None:
+    model = tiny("Llama", attention_bias=True, mlp_bias=True)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.q_proj.bias)
+        nn.init.normal_(layer.mlp.down_proj.bias)
+        layer.self_attn.v_proj.bias = None
+    assert (walk(model, fused=False) - walk(model, fused=True)).abs().max() < 1e-5
+
+
+def test_an_adapter_counts_as_it_is_now() -> None:
+    model = lora(tiny())
+    with_adapter = walk(model, fused=True)
+    with model.disable_adapter():
+        without = walk(model, fused=True)
+        assert (without - walk(model, fused=False)).abs().max() < 1e-5
+    assert (with_adapter - without).abs().max() > 0.1
+    torch.manual_seed(5)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+    assert (walk(model, fused=True) - with_adapter).abs().max() > 0.1
+    model.merge_adapter()
+    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+
+
+def test_what_is_not_stock_runs_its_own_forward() -> None:
+    assert fuse(tiny(), 8) is not None
+    assert [family for family in FAMILIES if fuse(tiny(family), 8) is not None] == list(
+        family for family in FAMILIES if family in FUSED
+    )
+    assert fuse(tiny().to(torch.bfloat16), 8) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fuse(tiny(), 8) is None
+    assert fuse(lora(tiny(), use_dora=True).get_base_model(), 8) is None
+    assert fuse(lora(tiny(), lora_bias=True).get_base_model(), 8) is None
+    hooked, patched, replaced = tiny(), tiny(), tiny()
+    hooked.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    patched.model.layers[0].self_attn.forward = patched.model.layers[0].self_attn.forward
+    replaced.model.layers[0].mlp.up_proj = nn.Sequential(replaced.model.layers[0].mlp.up_proj)
+    assert [fuse(model, 8) for model in (hooked, patched, replaced)] == [None] * 3
+
+
+def test_a_hook_is_heard_in_rollouts() -> None:
+    """Somebody's change of a layer is not passed over."""
+    model, rules = tiny(), Rules({}, frozenset([1]))
+    before = Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    after = Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)
+    assert before[0].actions != after[0].actions
