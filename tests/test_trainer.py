@@ -8,9 +8,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from checkpoints import checkpoint
 from conftest import VOCAB, tiny
 from trl import GRPOConfig, GRPOTrainer
 
+from rl_backspace.backbone import Backbone
 from rl_backspace.config import Delete, Lora
 from rl_backspace.engine import Engine, Rollout, Sampling
 from rl_backspace.policy import Policy, create
@@ -262,3 +264,16 @@ def test_seams_of_trl_have_not_moved() -> None:
     assert "output = self.rollout_func(prompts, self)" in source
     assert 'output["sampling_per_token_logps"] = sampling_per_token_logps' in source
     assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+
+
+def test_rollouts_of_training_take_the_fused_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate, PEFT and TRL put around the model leaves its layers as they are."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the stock step")
+
+    monkeypatch.setattr(Backbone, "decode", never)
+    made = create(str(checkpoint(tmp_path / "base")), Delete(), Lora(r=4), seed=0)
+    trainer = BackspaceGRPOTrainer(made, task(), Budget(ANSWER), [digits], config(tmp_path), dataset(task().train))
+    trainer.train()
+    assert trainer.rollouts == 16 and trainer.logp_gap_max < 1e-4
