@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers import TrainingArguments
 from benchmarks import models, peers
 from benchmarks.measure import Side
 from rl_backspace.config import Warmup
-from rl_backspace.engine import Engine
+from rl_backspace.engine import Engine, Running, Sampling
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
@@ -74,8 +75,130 @@ def rollouts_without_deletes(setting: Setting) -> tuple[Side, Side]:
     return ours, peer
 
 
-def rollouts_with_deletes(setting: Setting, alone: int = 2) -> tuple[Side, Side]:
-    """Against a loop that recomputes its context for each action, one sequence at a time, `alone` of the prompts."""
+@dataclass(frozen=True)
+class Until(Sampling):
+    """Ends each rollout when it has as many tokens as it is to have."""
+
+    lengths: tuple[int, ...] = ()
+
+    def stopped(self, rows: Sequence[Running]) -> list[bool]:
+        return [len(row.machine.visible) >= self.lengths[row.index] for row in rows]
+
+
+def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8) -> tuple[Side, Side]:
+    """One answer in ten is `longer` times as long as the others, at random places: rows that finish make room for the
+    next prompt, while a batch of `model.generate` goes on until its longest row is done. No deletes."""
+    short = max(1, setting.actions // longer)
+    model = models.make(setting.size, 0.0, setting.prompt + short * longer)
+    prompts = models.prompts(batches * setting.batch, setting.prompt)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
+    lengths = torch.full((len(prompts),), short)
+    lengths[order[: len(prompts) // 10]] = short * longer
+    engine, listed = Engine(model, RULES, rows=setting.batch), prompts.tolist()
+    sampling, budget = Until(lengths=tuple(lengths.tolist())), Budget(short * longer, deletes=0)
+
+    def ours() -> int:
+        return sum(len(rollout.visible) for rollout in engine.run(listed, budget, sampling))
+
+    def peer() -> int:
+        return peers.generate_skewed(model, prompts, lengths, setting.batch)
+
+    expect(ours() == peer(), "both sides produce as many tokens")
+    return ours, peer
+
+
+def cost_of_deletes(setting: Setting, share: float = 0.3) -> tuple[Side, Side]:
+    """Rollouts of which `share` of the actions are deletes, against the same without: non-delete actions per second."""
+    prompts = models.prompts(setting.batch, setting.prompt).tolist()
+    typed = round(setting.actions * (1 - share))  # so many on either side, about
+
+    def side(deletes: float, actions: int) -> Side:
+        model = models.make(setting.size, deletes, setting.prompt + actions)
+        engine, budget = Engine(model, RULES, rows=setting.batch), Budget(answer=actions, actions=actions)
+
+        def run() -> int:
+            return sum(len(rollout.actions) - rollout.deletes for rollout in engine.run(prompts, budget))
+
+        return run
+
+    ours, peer = side(share, setting.actions), side(0.0, typed)
+    expect(abs(ours() / peer() - 1) < 0.1, "both sides type about as much")
+    return ours, peer
+
+
+def shared_prompts(setting: Setting, group: int = 8) -> tuple[Side, Side]:
+    """Groups of `group` answers to one prompt, four times as long as they are, against `model.generate`, which computes
+    a prompt once for each of its answers. No deletes."""
+    actions = max(1, setting.actions // 4)
+    model = models.make(setting.size, 0.0, setting.actions + actions)
+    prompts = models.prompts(setting.batch // group, setting.actions).repeat_interleave(group, 0)
+    engine, listed = Engine(model, RULES, rows=len(prompts)), prompts.tolist()
+
+    def ours() -> int:
+        return sum(len(rollout.visible) for rollout in engine.run(listed, Budget(actions, deletes=0)))
+
+    def peer() -> int:
+        return peers.generate(model, prompts, actions).numel()
+
+    expect(ours() == peer() == len(prompts) * actions, "both sides produce as many tokens")
+    return ours, peer
+
+
+def shared_scoring(setting: Setting, group: int = 8) -> tuple[Side, Side]:
+    """Forward and backward over groups of `group` answers to one prompt, four times as long as they are, against each
+    prompt and answer as a sequence of its own, as TRL scores them. No deletes."""
+    actions = max(1, setting.actions // 4)
+    model = models.make(setting.size, 0.0, setting.actions + actions)
+    prompts = models.prompts(setting.batch // group, setting.actions).repeat_interleave(group, 0)
+    ids = torch.cat((prompts, models.prompts(len(prompts), actions, seed=2)), 1)
+    real = torch.ones_like(ids)
+    rules, budget = Rules({}, eos=frozenset()), Budget(actions)
+
+    def ours() -> int:
+        model.zero_grad()
+        logprobs, _ = score(model, pack(ids, real, actions, rules, budget))
+        logprobs.sum().backward()
+        return logprobs.numel()
+
+    def peer() -> int:
+        model.zero_grad()
+        return peers.score_flat(model, ids, actions).numel()
+
+    _, ours_grad = ours(), [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    _, peer_grad = peer(), [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    gap = max((a - b).abs().max().item() for a, b in zip(ours_grad, peer_grad, strict=True))
+    expect(gap < 1e-3, f"both sides have the same gradients (largest gap {gap:.1g})")
+    return ours, peer
+
+
+def grpo_step(setting: Setting, deletes: float, prompt: int, actions: int, group: int = 8) -> tuple[Side, Side]:
+    """Whole steps of GRPO with deletes, against stock TRL's without: as many actions, prompts and generations."""
+    steps = 2
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [
+            peers.grpo_trainer(setting.size, setting.batch, prompt, actions, group, steps, share, ours, folder)
+            for share, ours in ((deletes, True), (0.0, False))
+        ]
+
+    def side(trainer: Any) -> Side:
+        def run() -> int:
+            trainer.train()
+            return steps * setting.batch * actions
+
+        return run
+
+    ours, peer = map(side, trainers)
+    for run, trainer in zip((ours, peer), trainers, strict=True):
+        run()
+        length = trainer.state.log_history[-1]["completions/mean_length"]
+        expect(length == actions, f"each answer takes {actions} actions (got {length})")
+    return ours, peer
+
+
+def rollouts_with_deletes(
+    setting: Setting, peer_of: Callable[[Any, list[int], int], list[int]], alone: int
+) -> tuple[Side, Side]:
+    """Against a loop over single sequences, `alone` of the prompts."""
     model = models.make(setting.size, setting.deletes, setting.context)
     prompts = models.prompts(setting.batch, setting.prompt).tolist()
     engine = Engine(model, RULES, rows=setting.batch)
@@ -85,7 +208,7 @@ def rollouts_with_deletes(setting: Setting, alone: int = 2) -> tuple[Side, Side]
         return sum(len(rollout.actions) for rollout in engine.run(prompts, budget))
 
     def peer() -> int:
-        return sum(len(peers.recompute(model, prompt, setting.actions)) for prompt in prompts[:alone])
+        return sum(len(peer_of(model, prompt, setting.actions)) for prompt in prompts[:alone])
 
     rollouts = engine.run(prompts, budget)
     share = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
@@ -185,8 +308,27 @@ def expect(holds: bool, what: str) -> None:
 
 
 CASES = {
-    "generate": Case("rollouts, no deletes", "model.generate", 1.0, rollouts_without_deletes),
-    "recompute": Case("rollouts, 20 % deletes", "loop that recomputes its context", 30.0, rollouts_with_deletes),
+    "generate": Case("rollouts, no deletes", "model.generate", 1.5, rollouts_without_deletes),
+    "skewed": Case("rollouts, skewed lengths", "model.generate", 3.0, skewed_rollouts),
+    "shared": Case("rollouts, 8 to a long prompt", "model.generate", 1.5, shared_prompts),
+    "deletes": Case("rollouts, 30 % deletes", "the same without", 0.95, cost_of_deletes),
+    "recompute": Case(
+        "rollouts, 20 % deletes",
+        "loop that recomputes its context",
+        100.0,
+        partial(rollouts_with_deletes, peer_of=peers.recompute, alone=2),
+    ),
+    "crop": Case(
+        "rollouts, 20 % deletes",
+        "loop that crops its KV cache",
+        20.0,
+        partial(rollouts_with_deletes, peer_of=peers.crop, alone=4),
+    ),
+    "shared-scoring": Case("scoring, 8 to a long prompt", "each apart", 1.5, shared_scoring),
+    "grpo": Case("GRPO step, 20 % deletes", "TRL's, none", 1.0, partial(grpo_step, deletes=0.2, prompt=32, actions=64)),
+    "grpo-shared": Case(
+        "GRPO step, long prompts", "TRL's", 1.5, partial(grpo_step, deletes=0.2, prompt=64, actions=32)
+    ),
     "prefixes": Case("packed scoring, 20 % deletes", "every prefix apart", 10.0, packed_scoring),
     "warmup": Case(
         "packed warm-up, signs", "separate sequences", 3.0, partial(packed_warmup, task=signs, budget=Budget(8, 24))

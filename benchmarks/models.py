@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-SIZES = {"1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}}
+SIZES = {
+    "1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "30m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
 VOCAB, PAD, EOS, DELETE = 128, 0, 1, 127
 
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import random
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import datasets
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.models import DELETE, PAD
+from benchmarks.models import DELETE, EOS, PAD, VOCAB, make
 from rl_backspace.corrections import Correction
+from rl_backspace.policy import Policy
+from rl_backspace.pretrain import character_tokenizer
+from rl_backspace.semantics import Budget, Rules
+from rl_backspace.tasks import Task
+from rl_backspace.trainer import BackspaceGRPOTrainer
 
 
 def generate(model: PreTrainedModel, prompts: Tensor, answer: int) -> Tensor:
@@ -20,6 +38,62 @@ def generate(model: PreTrainedModel, prompts: Tensor, answer: int) -> Tensor:
     )
     out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
     return out[:, prompts.shape[1] :]
+
+
+class Lengths(StoppingCriteria):
+    """Ends each row when it has as many tokens as it is to have."""
+
+    def __init__(self, prompt: int, lengths: Tensor):
+        self.ends = prompt + lengths
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+def generate_skewed(model: PreTrainedModel, prompts: Tensor, lengths: Tensor, batch: int) -> int:
+    """`model.generate`, `batch` rows at a time, until the longest of them is done; tokens that were asked for."""
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=int(lengths[part].max()),
+            pad_token_id=PAD,
+            eos_token_id=None,
+        )
+        model.generate(
+            prompts[part],
+            attention_mask=torch.ones_like(prompts[part]),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([Lengths(prompts.shape[1], lengths[part])]),
+        )
+    return int(lengths.sum())
+
+
+@torch.no_grad()
+def crop(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
+    """A trace of `actions` actions, one sequence, its KV cache cropped at each delete, as backtrack_sampler does."""
+    cache = DynamicCache()
+    visible: list[int] = []
+    trace: list[int] = []
+    feed = list(prompt)
+    while len(trace) < actions:
+        out = model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[0, -1].float()
+        if not visible or len(trace) + 1 == actions:
+            logits[DELETE] = -torch.inf
+        action = int(torch.multinomial(logits.softmax(-1), 1))
+        trace.append(action)
+        if action == DELETE:
+            visible.pop()
+            cache.crop(-2)  # the deleted token, and the one before it, which is fed again for its logits
+            feed = [(prompt + visible)[-1]]
+        else:
+            visible.append(action)
+            feed = [action]
+    return trace
 
 
 @torch.no_grad()
@@ -87,6 +161,60 @@ def score_prefixes(
                 chosen.sum().backward()
         out[torch.tensor(part)] = chosen.detach()
     return out
+
+
+def score_flat(model: PreTrainedModel, ids: Tensor, actions: int) -> Tensor:
+    """Log-probabilities (B, K) of the last `actions` tokens of each row (B, P + K), as TRL computes them; gradients of
+    their sum add up in the model."""
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=actions + 1).logits[:, :-1].float()
+    chosen = logits.log_softmax(-1).gather(2, ids[:, -actions:, None])[:, :, 0]
+    chosen.sum().backward()
+    return chosen.detach()
+
+
+def low(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward with a spread."""
+    return [sum(token < VOCAB // 2 for token in ids) / (1 + len(ids)) for ids in completion_ids]
+
+
+def grpo_trainer(
+    size: str, batch: int, prompt: int, actions: int, group: int, steps: int, deletes: float, ours: bool, folder: str
+) -> GRPOTrainer:
+    """A trainer of `steps` steps with LoRA: this project's, whose policy deletes, or TRL's, which samples by
+    `model.generate`. Nothing ends an answer before `actions`; the reward is the share of low token ids."""
+    tokenizer = character_tokenizer()
+    model = make(size, deletes, prompt + actions)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    dice = random.Random(0)
+    texts = ["".join(dice.choices(string.ascii_letters, k=prompt)) for _ in range(batch // group * 8)]
+    dataset = datasets.Dataset.from_dict({"prompt": texts, "row": list(range(len(texts)))})
+    arguments = GRPOConfig(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        num_generations=group,
+        max_completion_length=actions,
+        learning_rate=1e-6,
+        beta=0.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        generation_kwargs={"suppress_tokens": [EOS]},  # of TRL's generation; ours knows no end
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    if ours:
+        policy = Policy(get_peft_model(model, lora), tokenizer, Rules({DELETE: "token"}, eos=frozenset()))
+        rows = [{"prompt": text, "answer": ""} for text in texts]
+        budget = Budget(answer=actions, actions=actions)
+        trainer: GRPOTrainer = BackspaceGRPOTrainer(policy, Task(rows, rows), budget, [low], arguments, dataset)
+    else:
+        trainer = GRPOTrainer(model, low, arguments, dataset, processing_class=tokenizer, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 @dataclass
