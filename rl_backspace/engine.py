@@ -325,7 +325,9 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     uniform = torch.rand(len(logprobs), 1, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logprobs.shape[-1] - 1)
     possible = logprobs.gather(1, chosen).isfinite()  # a parallel sum need not be monotone to the last digit
-    return torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))[:, 0]
+    if not possible.all():
+        chosen = torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
+    return chosen[:, 0]
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:
