@@ -339,7 +339,13 @@ def _controls(run: Path) -> Any:
 
 def _summary(run: Path) -> Any:
     keys = ("seconds", "warmup_actions", "actions", "rollouts", "reference_actions", "steps")
-    return _content(run, "summary.json", lambda found: [found[key] for key in keys])
+    return _content(run, "summary.json", lambda found: [*(found[key] for key in keys), _stages(found)])
+
+
+def _stages(summary: Any) -> dict[str, dict[str, float]]:
+    """Accuracy by decoding, of the base model and after the warm-up."""
+    stages = {"base": summary["accuracy"]["base"]["blocked"], "before": summary["accuracy"]["before"]["allowed"]}
+    return {stage: {how: float(cell[how]) for how in DECODINGS} for stage, cell in stages.items()}
 
 
 def _content(run: Path, file: str, check: Callable[[Any], Any]) -> Any:
@@ -510,6 +516,14 @@ def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
         fewer = any(twin[key] < policy[key] for policy, twin in zip(policies, twins, strict=True) for key in counted)
         checked = "; its corrections are labelled by the task's check of prefixes" if _is_checked(mine[0]) else ""
         whose = f" of {mine[0].beside}" if mine[0].beside else ""
+        base, before, twin_before = (
+            " and ".join(f"{_percent(Estimate.of([_stages(s)[stage][how] for s in side]))} {how}" for how in DECODINGS)
+            for stage, side in (("base", policies), ("before", policies), ("before", twins))
+        )
+        lines.append(
+            f"- {experiment}, before RL: the base model {base}; after the warm-up {before}; the twin{whose} "
+            f"{twin_before}."
+        )
         lines.append(
             f"- {experiment}, seeds {', '.join(str(pair.seed) for pair in mine)}: trained on {warm:,} actions in the "
             f"warm-up and {rl:,} in RL{checked}. The twin{whose}: {twin_warm:,} and {twin_rl:,}"
