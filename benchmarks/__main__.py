@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from benchmarks import report
 from benchmarks.cases import CASES, Setting
-from benchmarks.measure import compare
+from benchmarks.measure import Comparison, Peaks, compare, peak
 from benchmarks.models import SIZES
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +48,10 @@ def main() -> None:
             case = CASES[key]
             bar = progress.add_task(f"{case.name} / {case.peer}", total=given.repeats)
             ours, peer = case.setup(setting)
-            compared = compare(ours, peer, given.repeats, on_pair=partial(progress.advance, bar))
+            if case.memory:
+                compared: Comparison | Peaks = Peaks(peak(ours), peak(peer))
+            else:
+                compared = compare(ours, peer, given.repeats, on_pair=partial(progress.advance, bar))
             results[key] = report.Result(case, compared)
     report.table(list(results.values()), setting, console)
     path = given.out or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{given.size}-{torch.get_num_threads()}t.json"

@@ -50,12 +50,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """Two sides to compare: `setup(setting)` makes them; `goal` is the least ratio of ours to the peer's rate."""
+    """Two sides to compare: `setup(setting)` makes them; `goal` is the least ratio of ours to the peer's rate, or with
+    `memory` the largest one of what they need at once."""
 
     name: str
     peer: str
     goal: float
     setup: Callable[[Setting], tuple[Side, Side]]
+    memory: bool = False
 
 
 def rollouts_without_deletes(setting: Setting) -> tuple[Side, Side]:
@@ -104,6 +106,45 @@ def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8) -> tupl
         return peers.generate_skewed(model, prompts, lengths, setting.batch)
 
     expect(ours() == peer(), "both sides produce as many tokens")
+    return ours, peer
+
+
+def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
+    """Forward and backward over traces with deletes, against flat sequences of as many actions, as TRL scores them."""
+    model = models.make(setting.size, setting.deletes, setting.context)
+    prompts, budget = models.prompts(setting.batch, setting.prompt), Budget(setting.actions, setting.actions)
+    rollouts = Engine(model, RULES, rows=setting.batch).run(prompts.tolist(), budget)
+    ids = torch.cat((prompts, torch.tensor([rollout.actions for rollout in rollouts])), 1)
+
+    def ours() -> int:
+        model.zero_grad()
+        logprobs, _ = score(model, pack(ids, torch.ones_like(ids), setting.actions, RULES, budget))
+        logprobs.sum().backward()
+        return logprobs.numel()
+
+    def peer() -> int:
+        model.zero_grad()
+        return peers.score_flat(model, ids, setting.actions).numel()
+
+    return ours, peer
+
+
+def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) -> tuple[Side, Side]:
+    """Rollouts of `longer` times the actions, `share` of them deletes, against such without that type as many tokens as
+    are visible in the longest of those."""
+    actions = longer * setting.actions
+    prompts = models.prompts(setting.batch, setting.prompt).tolist()
+    budget = Budget(answer=actions, actions=actions)
+    deleting = Engine(models.make(setting.size, share, setting.prompt + actions), RULES, rows=setting.batch)
+    longest = max(len(rollout.visible) for rollout in deleting.run(prompts, budget))
+    typing = Engine(models.make(setting.size, 0.0, setting.prompt + actions), RULES, rows=setting.batch)
+
+    def ours() -> int:
+        return len(deleting.run(prompts, budget))
+
+    def peer() -> int:
+        return len(typing.run(prompts, Budget(longest, deletes=0)))
+
     return ours, peer
 
 
@@ -330,6 +371,10 @@ CASES = {
         "GRPO step, long prompts", "TRL's", 1.5, partial(grpo_step, deletes=0.2, prompt=64, actions=32)
     ),
     "prefixes": Case("packed scoring, 20 % deletes", "every prefix apart", 10.0, packed_scoring),
+    "scoring-memory": Case("scoring, 20 % deletes", "as many actions, flat", 1.2, memory_of_scoring, memory=True),
+    "cache-memory": Case(
+        "rollouts, 40 % deletes", "as many visible tokens, no deletes", 1.2, memory_of_rollouts, memory=True
+    ),
     "warmup": Case(
         "packed warm-up, signs", "separate sequences", 3.0, partial(packed_warmup, task=signs, budget=Budget(8, 24))
     ),

@@ -1,12 +1,15 @@
-"""Time two sides in turn, so that what else the machine does falls on both."""
+"""Time two sides in turn, so that what else the machine does falls on both; or see how much memory each takes."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch.profiler import ProfilerActivity, profile
 
 Side = Callable[[], int]
 """Does some work and says how much, in the case's unit (actions, learned tokens)."""
@@ -50,6 +53,18 @@ class Comparison:
         return quartiles[0], quartiles[2]
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """Most bytes of tensors that each side has at once; the same each time."""
+
+    ours: int
+    peer: int
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.peer
+
+
 def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = lambda: None) -> Comparison:
     """Run both sides once unmeasured, then `repeats` (at least 2) times each, who goes first changing each time."""
     sides = {"ours": ours, "peer": peer}
@@ -66,3 +81,14 @@ def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = 
             timings[name].work.append(work)
         on_pair()
     return Comparison(timings["ours"], timings["peer"])
+
+
+def peak(side: Side) -> int:
+    """Bytes of tensors that a run of `side` has at once, at most, beyond those that were there before it."""
+    side()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        side()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)

@@ -16,42 +16,48 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import Case, Setting
-from benchmarks.measure import Comparison
+from benchmarks.measure import Comparison, Peaks
 
 
 @dataclass(frozen=True)
 class Result:
     case: Case
-    comparison: Comparison
+    comparison: Comparison | Peaks
 
     @property
     def verdict(self) -> str:
-        return "ok" if self.comparison.ratio >= self.case.goal else "miss"
+        better = (
+            self.comparison.ratio <= self.case.goal if self.case.memory else self.comparison.ratio >= self.case.goal
+        )
+        return "ok" if better else "miss"
 
 
 def table(results: list[Result], setting: Setting, console: Console) -> None:
     out = Table(
         title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
         f"{torch.get_num_threads()} thread(s)",
-        caption="rates: actions per second, in the warm-up learned tokens; ratio: median of the repeats'; "
-        "spread: their quartiles",
+        caption="sides: actions per second, in the warm-up learned tokens; MB: of tensors at once, at most; ratio: the median; "
+        "spread: the quartiles",
     )
     for name in ("ours", "peer"):
         out.add_column(name)
-    for name in ("our rate", "peer's rate", "ratio", "spread", "goal"):
+    for name in ("our side", "peer's", "ratio", "spread", "goal"):
         out.add_column(name, justify="right")
     out.add_column("")
     for result in results:
-        compared, (low, high) = result.comparison, result.comparison.spread
-        work = [sum(side.work) / sum(side.wall) for side in (compared.ours, compared.peer)]
+        compared = result.comparison
+        if isinstance(compared, Peaks):
+            sides, spread, goal = [f"{side / 1e6:,.1f} MB" for side in (compared.ours, compared.peer)], "", "at most "
+        else:
+            sides = [f"{sum(side.work) / sum(side.wall):,.0f}" for side in (compared.ours, compared.peer)]
+            spread, goal = "{:.2f} to {:.2f}".format(*compared.spread), ""
         out.add_row(
             result.case.name,
             result.case.peer,
-            f"{work[0]:,.0f}",
-            f"{work[1]:,.0f}",
+            *sides,
             f"{compared.ratio:.2f}",
-            f"{low:.2f} to {high:.2f}",
-            f"{result.case.goal:g}",
+            spread,
+            f"{goal}{result.case.goal:g}",
             f"[green]{result.verdict}" if result.verdict == "ok" else f"[red]{result.verdict}",
         )
     console.print(out)
@@ -73,17 +79,25 @@ def write(results: dict[str, Result], setting: Setting, path: Path) -> None:
                 "peer": result.case.peer,
                 "goal": result.case.goal,
                 "ratio": result.comparison.ratio,
-                "spread": result.comparison.spread,
                 "verdict": result.verdict,
-                "ratios": result.comparison.ratios(),
-                "ratios_cpu": result.comparison.ratios("cpu"),
-                "timings": asdict(result.comparison),
+                **_measured(result.comparison),
             }
             for key, result in results.items()
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _measured(compared: Comparison | Peaks) -> dict[str, Any]:
+    if isinstance(compared, Peaks):
+        return {"bytes": asdict(compared)}
+    return {
+        "spread": compared.spread,
+        "ratios": compared.ratios(),
+        "ratios_cpu": compared.ratios("cpu"),
+        "timings": asdict(compared),
+    }
 
 
 def machine() -> dict[str, Any]:

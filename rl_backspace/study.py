@@ -52,7 +52,7 @@ EXPLANATION = (
     "seed, of the likeliest and the commonest of n answers without deletes, the first greedy or all sampled; n is the "
     "least number that costs no fewer actions than the policy's answers. *Random times*: as many deletes, whatever is "
     "there. Bold: above blocked, twin and tries, with intervals that do not overlap. Errors: as a multiple of the best "
-    "rival's."
+    "rival's. `study FILE --only TASK --out FOLDER` runs a task's rows again."
 )
 COLUMNS = ("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n")
 KEPT = "study.yaml"
