@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from rl_backspace.semantics import Budget, Rules
 from rl_backspace.tasks import Task, countdown, signs
 from rl_backspace.warmup import Example, WarmupTrainer, make_corrections
 
+ROOT = Path(__file__).parents[1]
 RULES = Rules({models.DELETE: "token"}, eos=frozenset())  # nothing ends an answer early
 
 
@@ -342,6 +346,20 @@ def packed_warmup(
     return ours, peer
 
 
+def start_up(setting: Setting) -> tuple[Side, Side]:
+    """`train --dry-run`, which loads and checks everything, against a process that only imports what training needs."""
+    imports = "import torch, peft; from transformers import AutoModelForCausalLM, Trainer; from trl import GRPOTrainer"
+
+    def side(*arguments: str) -> Side:
+        def run() -> int:
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT)
+            return 1
+
+        return run
+
+    return side("-m", "rl_backspace", "train", "experiments/arith.yaml", "--dry-run"), side("-c", imports)
+
+
 def expect(holds: bool, what: str) -> None:
     """Refuse to time two sides that do not do the same."""
     if not holds:
@@ -375,6 +393,7 @@ CASES = {
     "cache-memory": Case(
         "rollouts, 40 % deletes", "as many visible tokens, no deletes", 1.2, memory_of_rollouts, memory=True
     ),
+    "start-up": Case("train --dry-run", "its imports alone", 0.75, start_up),
     "warmup": Case(
         "packed warm-up, signs", "separate sequences", 3.0, partial(packed_warmup, task=signs, budget=Budget(8, 24))
     ),

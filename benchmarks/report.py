@@ -36,7 +36,7 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
     out = Table(
         title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
         f"{torch.get_num_threads()} thread(s)",
-        caption="sides: actions per second, in the warm-up learned tokens, or tensors at once, at most; ratio: the "
+        caption="sides: actions per second (warm-up: learned tokens, start-up: starts), or tensors at once, at most; ratio: the "
         "median of the repeats'; spread: their quartiles",
     )
     for name in ("ours", "peer"):
@@ -49,7 +49,8 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
         if isinstance(compared, Peaks):
             sides, spread, goal = [f"{side / 1e6:,.1f} MB" for side in (compared.ours, compared.peer)], "", "at most "
         else:
-            sides = [f"{sum(side.work) / sum(side.wall):,.0f}" for side in (compared.ours, compared.peer)]
+            rates = [sum(side.work) / sum(side.wall) for side in (compared.ours, compared.peer)]
+            sides = [f"{rate:,.{0 if rate > 10 else 2}f}" for rate in rates]
             spread, goal = "{:.2f} to {:.2f}".format(*compared.spread), ""
         out.add_row(
             result.case.name,
