@@ -31,12 +31,17 @@ from rl_backspace.tasks import Task
 from rl_backspace.trainer import BackspaceGRPOTrainer
 
 
-def generate(model: PreTrainedModel, prompts: Tensor, answer: int) -> Tensor:
-    """`model.generate`, sampling `answer` tokens for every row (B, P): no end-of-sequence, so lengths are equal."""
+def generate(
+    model: PreTrainedModel, prompts: Tensor, answer: int, criteria: StoppingCriteriaList | None = None
+) -> Tensor:
+    """`model.generate`, sampling `answer` tokens for every row (B, P): no end-of-sequence, so lengths are equal unless
+    the criteria end a row before, which then is padded."""
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=answer, pad_token_id=PAD, eos_token_id=None
     )
-    out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+    out = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), generation_config=config, stopping_criteria=criteria
+    )
     return out[:, prompts.shape[1] :]
 
 
@@ -51,48 +56,40 @@ class Lengths(StoppingCriteria):
 
 
 def generate_skewed(model: PreTrainedModel, prompts: Tensor, lengths: Tensor, batch: int) -> int:
-    """`model.generate`, `batch` rows at a time, until the longest of them is done; tokens that were asked for."""
+    """`model.generate`, `batch` rows at a time, until the longest of them is done; how many tokens came that are not
+    padding, which a model with random weights types now and then too."""
+    tokens = 0
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=int(lengths[part].max()),
-            pad_token_id=PAD,
-            eos_token_id=None,
-        )
-        model.generate(
-            prompts[part],
-            attention_mask=torch.ones_like(prompts[part]),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([Lengths(prompts.shape[1], lengths[part])]),
-        )
-    return int(lengths.sum())
+        criteria = StoppingCriteriaList([Lengths(prompts.shape[1], lengths[part])])
+        out = generate(model, prompts[part], int(lengths[part].max()), criteria)
+        tokens += int((out != PAD).sum())
+    return tokens
 
 
 @torch.no_grad()
 def crop(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
-    """A trace of `actions` actions, one sequence, its KV cache cropped at each delete, as backtrack_sampler does."""
+    """A trace of `actions` actions, one sequence, its KV cache cropped at each delete, as samplers that backtrack do.
+
+    It keeps the logits of every visible position, so that a delete costs it no forward pass either.
+    """
     cache = DynamicCache()
-    visible: list[int] = []
     trace: list[int] = []
+    seen: list[Tensor] = []  # logits after the prompt, and after each visible token
     feed = list(prompt)
     while len(trace) < actions:
-        out = model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[0, -1].float()
-        if not visible or len(trace) + 1 == actions:
+        if feed:
+            out = model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            seen.append(out.logits[0, -1].float())
+        logits = seen[-1].clone()
+        if len(seen) == 1 or len(trace) + 1 == actions:
             logits[DELETE] = -torch.inf
         action = int(torch.multinomial(logits.softmax(-1), 1))
         trace.append(action)
+        feed = [] if action == DELETE else [action]
         if action == DELETE:
-            visible.pop()
-            cache.crop(-2)  # the deleted token, and the one before it, which is fed again for its logits
-            feed = [(prompt + visible)[-1]]
-        else:
-            visible.append(action)
-            feed = [action]
+            seen.pop()
+            cache.crop(-1)
     return trace
 
 

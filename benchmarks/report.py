@@ -36,8 +36,8 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
     out = Table(
         title=f"{setting.size} model, batch {setting.batch}, prompts of {setting.prompt}, {setting.actions} actions, "
         f"{torch.get_num_threads()} thread(s)",
-        caption="sides: actions per second (warm-up: learned tokens, start-up: starts), or tensors at once, at most; ratio: the "
-        "median of the repeats'; spread: their quartiles",
+        caption="sides: actions per second (warm-up: learned tokens; start-up: starts), or tensors at once, at most; "
+        "ratio: the median of the repeats'; spread: their quartiles",
     )
     for name in ("ours", "peer"):
         out.add_column(name)

@@ -158,7 +158,7 @@ class Backbone:
         out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state, cache
 
-    def step(self, capacity: int) -> Callable[[Tensor, Tensor, PointerCache], Tensor]:
+    def decoder(self, capacity: int) -> Callable[[Tensor, Tensor, PointerCache], Tensor]:
         """What `decode` does for the model as it is now and rows of up to `capacity` tokens, in the fastest way."""
         return fuse(self.causal, capacity) or self.decode
 
@@ -305,7 +305,7 @@ def check(backbone: Backbone) -> None:
             _, prefilled = backbone.prefill(ids[None, :2])
             cache = PointerCache(prefilled, rows=1, capacity=5)
             cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
-            step = backbone.step(capacity=5)
+            step = backbone.decoder(capacity=5)
             for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
                 hidden = step(token[None], torch.tensor([position], device=ids.device), cache)
             rewound = backbone.logits(hidden)[0]

@@ -350,7 +350,7 @@ class _Batch:
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
         self.backbone, self.size, self.capacity = backbone, size, capacity
-        self.step = backbone.step(capacity)
+        self.decode = backbone.decoder(capacity)
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position
@@ -403,7 +403,7 @@ class _Batch:
         assert self.cache is not None and self.hidden is not None
         device = self.hidden.device
         pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
-        hidden = self.step(torch.tensor(tokens, device=device), pointers, self.cache)
+        hidden = self.decode(torch.tensor(tokens, device=device), pointers, self.cache)
         self._grow()
         self.hidden[torch.arange(len(tokens), device=device), pointers] = hidden
         for row in self.rows:

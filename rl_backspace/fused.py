@@ -15,14 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from torch.nn.modules.module import _has_any_global_hook
 
-FAMILIES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-MOST_WEIGHTS = 2**27  # they are copied; in a larger model the linear layers are all that counts
-LORA = ("peft.tuners.lora.layer", "Linear")  # by name, since peft need not be there
+# by name, since some of them need not be there
+FAMILIES = {
+    (f"transformers.models.{name.lower()}.modeling_{name.lower()}", f"{name}Model")
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+}
+LORA = ("peft.tuners.lora.layer", "Linear")
+MOST_WEIGHTS = 40_000_000  # they are copied for each run; a larger model's steps save less than that takes
 Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out)."""
 
@@ -35,7 +36,12 @@ class _Layer:
     out: Affine
     between: nn.Module
     gate_up: Affine
+    act: Callable[[Tensor], Tensor]
     down: Affine
+
+
+class _Other(Exception):
+    """A layer does something else than those that are written out here."""
 
 
 class FusedStep:
@@ -50,7 +56,6 @@ class FusedStep:
     def __init__(self, causal: Any, layers: list[_Layer], capacity: int):
         body, attention = causal.base_model, causal.base_model.layers[0].self_attn
         self.embed, self.norm, self.layers = body.embed_tokens, body.norm, layers
-        self.act: Callable[[Tensor], Tensor] = body.layers[0].mlp.act_fn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.heads, self.groups = causal.config.num_attention_heads, causal.config.num_key_value_heads
         positions = torch.arange(capacity, device=causal.device)[None]
@@ -64,7 +69,8 @@ class FusedStep:
         rows, groups, heads, width = len(ids), self.groups, self.heads, self.width
         length = cache.point(pointers)
         unseen = torch.arange(length, device=ids.device) > pointers[:, None]
-        mask = torch.zeros(rows, length, device=ids.device).masked_fill_(unseen, torch.finfo(torch.float32).min)
+        mask = torch.zeros(rows, length, dtype=torch.float32, device=ids.device)
+        mask.masked_fill_(unseen, torch.finfo(torch.float32).min)
         mask = mask[:, None].expand(rows, groups, length).reshape(rows * groups, 1, length)
         first = torch.arange(rows * groups, device=ids.device).view(rows, groups) * length
         places = (first + pointers[:, None]).flatten()  # where keys and values go
@@ -86,42 +92,57 @@ class FusedStep:
             seen = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=self.scale).softmax(-1)
             hidden = hidden + F.linear(torch.bmm(seen, values).view(rows, -1), *layer.out)
             gate, up = F.linear(layer.between(hidden), *layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(self.act(gate) * up, *layer.down)
+            hidden = hidden + F.linear(layer.act(gate) * up, *layer.down)
         return self.norm(hidden)
 
 
 def fuse(causal: Any, capacity: int) -> FusedStep | None:
     """The written-out step of a model as it is now; None where it has to run its own forward."""
     body = causal.base_model
-    if type(body) not in FAMILIES or causal.dtype != torch.float32 or causal.device.type != "cpu":
+    if _name(body) not in FAMILIES or causal.dtype != torch.float32 or causal.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu") or sum(p.numel() for p in body.layers.parameters()) > MOST_WEIGHTS:
         return None
-    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in body.modules()):
-        return None  # somebody has changed what it does
-    layers = []
-    for layer in body.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        parts = [
-            _joined(attention.q_proj, attention.k_proj, attention.v_proj),
-            _joined(attention.o_proj),
-            _joined(mlp.gate_proj, mlp.up_proj),
-            _joined(mlp.down_proj),
-        ]
-        if any(part is None for part in parts):
-            return None
-        qkv, out, gate_up, down = parts
-        norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-        layers.append(_Layer(layer.input_layernorm, qkv, norms, out, layer.post_attention_layernorm, gate_up, down))  # type: ignore[arg-type]
-    return FusedStep(causal, layers, capacity)
-
-
-def _joined(*modules: nn.Module) -> Affine | None:
-    """Linear layers of the same input as one."""
-    found = [_affine(module) for module in modules]
-    if any(one is None for one in found):
+    # somebody has changed what it does, or transformers and PEFT have left hooks there that do nothing any more
+    hooked = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in body.modules())
+    if hooked or _has_any_global_hook():
         return None
-    weights, biases = zip(*found, strict=True)  # type: ignore[arg-type]
+    layers = body.layers[: causal.config.num_hidden_layers]
+    if not all(_is_stock(body, part) for layer in layers for part in (layer, *layer.children())):
+        return None
+    try:
+        return FusedStep(causal, [_lay_out(layer) for layer in layers], capacity)
+    except _Other:
+        return None
+
+
+def _name(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
+
+
+def _lay_out(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        layer.input_layernorm,
+        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        _joined(attention.o_proj),
+        layer.post_attention_layernorm,
+        _joined(mlp.gate_proj, mlp.up_proj),
+        mlp.act_fn,
+        _joined(mlp.down_proj),
+    )
+
+
+def _is_stock(body: nn.Module, module: nn.Module) -> bool:
+    """Whether a part of a model is of its family's own classes, and they have their own forward."""
+    kind, home = type(module), type(body).__module__
+    return kind.__module__ == home and kind.forward.__module__ == home
+
+
+def _joined(*modules: nn.Module) -> Affine:
+    """Linear layers of the same input as one."""
+    weights, biases = zip(*map(_affine, modules), strict=True)
     if len(modules) == 1:
         return weights[0], biases[0]
     if all(bias is None for bias in biases):
@@ -130,18 +151,20 @@ def _joined(*modules: nn.Module) -> Affine | None:
     return torch.cat(weights), torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
 
 
-def _affine(module: Any) -> Affine | None:
-    """What a linear layer does, its active LoRA adapters included; None where it does something else."""
-    if type(module) is nn.Linear:
+def _affine(module: Any) -> Affine:
+    """What a linear layer does, its active LoRA adapters included."""
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not a quantised weight
         return module.weight, module.bias
-    kind = type(module)
-    if (kind.__module__, kind.__name__) != LORA or type(module.base_layer) is not nn.Linear:
-        return None
-    weight = module.base_layer.weight
-    if not module.disable_adapters and not module.merged:
-        for name in module.active_adapters:
-            if name in module.lora_variant or module.lora_bias.get(name):
-                return None
-            if name in module.lora_A:
-                weight = weight + module.get_delta_weight(name)
-    return weight, module.base_layer.bias
+    if _name(module) != LORA:
+        raise _Other
+    weight, bias = _affine(module.base_layer)
+    if module.disable_adapters:
+        if module.merged:  # its forward takes the adapter out again
+            raise _Other
+        return weight, bias
+    for name in () if module.merged else module.active_adapters:
+        if name in module.lora_variant or module.lora_bias.get(name):
+            raise _Other
+        if name in module.lora_A:
+            weight = weight + module.get_delta_weight(name)
+    return weight, bias

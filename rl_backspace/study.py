@@ -11,7 +11,7 @@ A study file, in YAML:
       signs: {config: experiments/arith.yaml, set: ["trainer.max_steps=400"]}
       keep: {config: experiments/arith.yaml, set: ["delete.memory=keep"], twin: signs}    # beside that one's twin
 
-config.yaml, summary.json and controls.json of each run are all that the results are written from.
+The results are written from config.yaml, summary.json and controls.json of each run, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, AliasPath, BaseModel, Field, PositiveFloat, ValidationError
 
 from rl_backspace.compare import Estimate
 from rl_backspace.config import Config, Seed, Strict, is_name, override, parse, read_yaml, validate
@@ -45,6 +47,7 @@ ARMS = {
     "twin": "twin",
     "twin_tries": "twin, n tries",
 }
+TRAINED = ("warmup_actions", "rl_actions")
 RIVALS = ("blocked", "own_tries", "twin", "twin_tries")
 EXPLANATION = (
     "Accuracy in %, mean over seeds with its 95 % t-interval. *Blocked*: the same weights, deletes illegal. *Twin*: no "
@@ -54,7 +57,10 @@ EXPLANATION = (
     "there. Bold: above blocked, twin and tries, with intervals that do not overlap. Errors: as a multiple of the best "
     "rival's. `study FILE --only TASK --out FOLDER` runs a task's rows again."
 )
-COLUMNS = ("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n")
+COLUMNS = (
+    *("experiment", "seed", "decoding", "arm", "accuracy", "actions", "deletes", "n"),
+    *TRAINED,
+)
 KEPT = "study.yaml"
 MARKS = ("<!-- study -->", "<!-- /study -->")
 TWIN = ("delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "warmup.group=1")
@@ -113,19 +119,19 @@ class Pair:
         its own will be: than the shorter of reference answers and the base model's.
         """
         summary, warmup = _summary(policy), self.config().warmup
-        length = min(summary["reference_actions"], summary["actions_per_answer"]["base"]["blocked"]["sampled"])
+        length = min(summary.reference_actions, summary.base_actions)
         changes = list(TWIN)
         if warmup.steps:
             batch = warmup.trainer.get("per_device_train_batch_size", WARMUP_DEFAULTS["per_device_train_batch_size"])
             examples = warmup.steps * warmup.group * batch * warmup.trainer.get("gradient_accumulation_steps", 1)
-            longer = max(1, summary["warmup_actions"] / examples / length)
+            longer = max(1, summary.warmup_actions / examples / length)
             changes += [
                 f"warmup.steps={math.ceil(warmup.steps * longer)}",
                 f"warmup.trainer.per_device_train_batch_size={batch * warmup.group}",
             ]
-        if summary["steps"]:
-            longer = max(1, summary["actions"] / summary["rollouts"] / length)
-            changes.append(f"trainer.max_steps={math.ceil(summary['steps'] * longer)}")
+        if summary.steps:
+            longer = max(1, summary.actions / max(1, summary.rollouts) / length)
+            changes.append(f"trainer.max_steps={math.ceil(summary.steps * longer)}")
         spent = max(_controls(policy)[how]["arms"]["allowed"]["actions_per_answer"] for how in DECODINGS)
         return [*changes, f"evaluation.controls={max(TRIES, math.ceil(1.5 * spent / length))}"]
 
@@ -173,13 +179,17 @@ def _beside(pair: Pair, other: Pair | None) -> list[str]:
     if other is None or other.beside is not None:
         return [f"twin: got {pair.beside!r}; expected an experiment of this study that has a twin of its own"]
     try:
-        ours, theirs = pair.config(), other.config()
+        configs = pair.config(), other.config()
     except UserError:  # told where it stands
         return []
-    for key in ("model", "task", "lora", "algorithm", "evaluation"):
-        if getattr(ours, key) != getattr(theirs, key):
-            return [f"twin: {pair.beside} has another {key}, so its twin is no twin of this one; leave twin out"]
-    return []
+    same = {"model", "task", "lora", "algorithm", "evaluation"}
+    ours, theirs = (
+        {**config.model_dump(include=same), "trainer": {**config.trainer, "max_steps": 0}} for config in configs
+    )
+    different = next((key for key in ours if ours[key] != theirs[key]), None)
+    if different is None:
+        return []
+    return [f"twin: {pair.beside} has another {different}, so its twin is no twin of this one; leave twin out"]
 
 
 def run_study(
@@ -206,10 +216,16 @@ def run_study(
         refuse_existing(folder)
     policies = {pair.id: pair.runs(folder)[0] for pair in pairs}
     twins = {pair.id: pair.runs(folder)[1] for pair in pairs if pair.beside is None}
+    others = set()  # of pairs that are not to run: made with another config, and so not counted
     for pair in pairs:
-        _is_done(policies[pair.id], pair)
-        if pair.beside is None:
-            _is_done(twins[pair.id], pair, policies[pair.id])
+        try:
+            _is_done(policies[pair.id], pair)
+            if pair.beside is None:
+                _is_done(twins[pair.id], pair, policies[pair.id])
+        except UserError:
+            if pair.experiment in chosen:
+                raise
+            others.add(pair.id)
     if dry_run:
         chosen_pairs = [pair for pair in pairs if pair.experiment in chosen]
         print(*dict.fromkeys(place for pair in chosen_pairs for place in pair.runs(folder)), sep="\n")
@@ -228,26 +244,36 @@ def run_study(
         except KeyboardInterrupt:
             print("interrupted; the same command does the others", file=sys.stderr)
             interrupted = True
-    complete = [pair for pair in pairs if all(map(is_finished, pair.runs(folder)))]
+    complete = [
+        pair
+        for pair in pairs
+        if not others & {pair.id, f"{pair.beside}-{pair.seed}"} and all(map(is_finished, pair.runs(folder)))
+    ]
     if complete:
         table = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
         if into is not None:
             before, after = _between_marks(into)
-            with atomically(into) as temporary:
-                temporary.write_text(f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}", encoding="utf-8")
+            ends = "\r\n" if before.endswith("\r\n") else "\n"
+            with atomically(into.resolve()) as temporary:
+                temporary.write_bytes(f"{before}{table.replace(chr(10), ends)}{after}".encode())
+                shutil.copymode(into, temporary)
     return 130 if interrupted else int(failed)
 
 
 def _between_marks(path: Path) -> tuple[str, str]:
-    """What stands before the table's place in a Markdown file, and after it."""
+    """What stands before the table's place in a Markdown file, its first mark included, and what from the last one on;
+    line ends as they are."""
     try:
-        before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+        text = path.read_bytes().decode()
     except (OSError, ValueError) as error:
         raise UserError(f"--into {path}: {one_line(error)}; give a Markdown file") from error
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
-        raise UserError(f"--into {path}: no lines {MARKS[0]} and {MARKS[1]}; add them where the table is to go")
-    return before, after
+    first, last = ([*re.finditer(rf"^{mark}[ \t]*\r?(?:\n|\Z)", text, re.M)] for mark in MARKS)
+    if len(first) != 1 or len(last) != 1 or first[0].end() > last[0].start():
+        raise UserError(
+            f"--into {path}: expected one line {MARKS[0]} and below it one line {MARKS[1]}; "
+            f"got {len(first)} and {len(last)}; put them where the table is to go"
+        )
+    return text[: first[0].end()], text[last[0].start() :]
 
 
 def _chosen(study: Study, only: Sequence[str]) -> set[str]:
@@ -295,7 +321,9 @@ def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:
 def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
     """Accuracy, actions and deletes per answer of each arm: by experiment, seed and decoding."""
     for pair in pairs:
-        policy, twin = map(_controls, pair.runs(folder))
+        place, beside = pair.runs(folder)
+        policy, twin = _controls(place, _Controls[_PolicyArms]), _controls(beside)
+        trained = {"policy": _summary(place), "twin": _summary(beside)}
         for how in DECODINGS:
             arms = policy[how]["arms"]
             spent = arms["allowed"]["actions_per_answer"]
@@ -317,6 +345,8 @@ def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
                     "actions": cell["actions_per_answer"],
                     "deletes": cell["deletes_per_answer"],
                     "n": cell.get("n", 1),
+                    "warmup_actions": trained["twin" if "twin" in arm else "policy"].warmup_actions,
+                    "rl_actions": trained["twin" if "twin" in arm else "policy"].actions,
                 }
 
 
@@ -333,29 +363,80 @@ def _tries(found: Any, how: str, spent: float) -> dict[str, float]:
     return max(choices, key=lambda choice: choice["accuracy"])
 
 
-def _controls(run: Path) -> Any:
-    return _content(run, "controls.json", lambda found: [found[how]["arms"]["allowed"] for how in DECODINGS])
+class _Cell(BaseModel):
+    accuracy: float
+    actions_per_answer: PositiveFloat
+    deletes_per_answer: float
 
 
-def _summary(run: Path) -> Any:
-    keys = ("seconds", "warmup_actions", "actions", "rollouts", "reference_actions", "steps")
-    return _content(run, "summary.json", lambda found: [*(found[key] for key in keys), _stages(found)])
+class _TwinArms(BaseModel):
+    allowed: _Cell
 
 
-def _stages(summary: Any) -> dict[str, dict[str, float]]:
-    """Accuracy by decoding, of the base model and after the warm-up."""
-    stages = {"base": summary["accuracy"]["base"]["blocked"], "before": summary["accuracy"]["before"]["allowed"]}
-    return {stage: {how: float(cell[how]) for how in DECODINGS} for stage, cell in stages.items()}
+class _PolicyArms(_TwinArms):
+    blocked: _Cell
+    random: _Cell
 
 
-def _content(run: Path, file: str, check: Callable[[Any], Any]) -> Any:
+class _Curve(BaseModel):
+    best_of: list[tuple[float, float]] = Field(min_length=1)
+    majority: list[tuple[float, float]] = Field(min_length=1)
+
+
+Arms = TypeVar("Arms", _PolicyArms, _TwinArms)
+
+
+class _Examined(BaseModel, Generic[Arms]):
+    arms: Arms
+    curve: _Curve
+
+
+class _Controls(BaseModel, Generic[Arms]):
+    """What is read of controls.json."""
+
+    sampled: _Examined[Arms]
+    greedy: _Examined[Arms]
+
+
+class _Accuracy(BaseModel):
+    sampled: float
+    greedy: float
+
+
+class _Summary(BaseModel):
+    """What is read of summary.json."""
+
+    seconds: float
+    warmup_actions: int
+    actions: int
+    rollouts: int
+    steps: int
+    reference_actions: PositiveFloat
+    base_actions: PositiveFloat = Field(validation_alias=AliasPath("actions_per_answer", "base", "blocked", "sampled"))
+    base: _Accuracy = Field(validation_alias=AliasPath("accuracy", "base", "blocked"))
+    before: _Accuracy = Field(validation_alias=AliasPath("accuracy", "before", "allowed"))
+
+
+def _controls(run: Path, model: type[BaseModel] = _Controls[_TwinArms]) -> Any:
+    _content(run / "controls.json", model)
+    return json.loads((run / "controls.json").read_bytes())
+
+
+def _summary(run: Path) -> _Summary:
+    return _content(run / "summary.json", _Summary)
+
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def _content(path: Path, model: type[Content]) -> Content:
     """What a run's file holds; raises UserError where that is not what `train` writes."""
     try:
-        found = json.loads((run / file).read_text(encoding="utf-8"))
-        check(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}: {file} is not what `train` writes ({one_line(error)}); remove the run") from error
-    return found
+        return model.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else one_line(error)
+        raise UserError(f"{path.parent}: {path.name} is not what `train` writes ({reason}); remove the run") from error
 
 
 @dataclass(frozen=True)
@@ -368,6 +449,7 @@ class Verdict:
         above: the policy over each other arm, seed by seed.
         left: blocked over the twin, seed by seed: what of the gain is there without deleting.
         rival: the arm that is best of those without deletes.
+        fewer: whether the twin was trained on fewer actions than the policy, in the warm-up or RL of some seed.
     """
 
     experiment: str
@@ -380,12 +462,15 @@ class Verdict:
     above: dict[str, Estimate]
     left: Estimate
     rival: str
+    fewer: bool
 
     @property
     def beats(self) -> bool:
-        """Whether the policy's interval lies above that of every rival, and no tries spend fewer actions."""
+        """Whether the policy's interval lies above that of every rival, none of which had less to spend or to learn
+        from."""
         mine = self.accuracy["policy"]
         fair = all(self.actions[arm].mean >= self.actions["policy"].mean - 1e-9 for arm in ("own_tries", "twin_tries"))
+        fair &= not self.fewer
         return self.seeds > 1 and fair and all(mine.low > self.accuracy[arm].high for arm in RIVALS)  # type: ignore[operator]
 
     @property
@@ -413,8 +498,9 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
             mine = [r for r in records if (r["experiment"], r["decoding"]) == (experiment, how)]
             columns = {
                 key: {arm: [float(r[key]) for r in mine if r["arm"] == arm] for arm in ARMS}
-                for key in ("accuracy", "actions", "deletes", "n")
+                for key in ("accuracy", "actions", "deletes", "n", *TRAINED)
             }
+            trained = {key: columns.pop(key) for key in TRAINED}
             right = columns["accuracy"]
             others = [arm for arm in ARMS if arm != "policy"]
             found.append(
@@ -427,6 +513,11 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
                     },
                     above={arm: _over(right["policy"], right[arm]) for arm in others},
                     left=_over(right["blocked"], right["twin"]),
+                    fewer=any(
+                        theirs < ours
+                        for arms in trained.values()
+                        for ours, theirs in zip(arms["policy"], arms["twin"], strict=True)
+                    ),
                     rival=sorted(RIVALS, key=lambda arm, right=right: sum(right[arm]))[-1],  # type: ignore[misc]
                 )
             )
@@ -443,8 +534,8 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
 
     records = list(rows(pairs, folder))
     found = verdicts(records)
-    table = table_of(found)
-    text = "\n".join([table, *details(found, pairs, missing, folder), ""])
+    table = table_of(found, missing)
+    text = "\n".join([table, *details(found, pairs, folder), ""])
     print(text)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
@@ -463,13 +554,15 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
     return table
 
 
-def table_of(found: Sequence[Verdict]) -> str:
+def table_of(found: Sequence[Verdict], missing: Sequence[str]) -> str:
     """The table and how to read it, in Markdown."""
     lines = [f"| task | decoding | {' | '.join(ARMS.values())} | errors |", f"|---|---|{'---:|' * (len(ARMS) + 1)}"]
     for one in found:
         cells = {arm: _percent(one.accuracy[arm]) for arm in ARMS}
         if one.beats:
             cells["policy"] = f"**{cells['policy']}**"
+        if one.fewer:
+            cells["twin"] += " (trained on fewer actions)"
         for arm in ("own_tries", "twin_tries"):
             cells[arm] += f" (n {one.n[arm].mean:.3g})"
         errors = "–" if one.errors is None else f"× {one.errors:.2f}"
@@ -483,10 +576,12 @@ def table_of(found: Sequence[Verdict]) -> str:
         f"The delete token wins {sum(one.beats for one in found)} of {len(found)} comparisons; by both decodings on "
         f"{', '.join(won) if won else 'no task'}.",
     ]
+    if missing:
+        lines += ["", f"Not there, and not counted: {', '.join(missing)}."]
     return "\n".join([*lines, ""])
 
 
-def details(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> list[str]:
+def details(found: Sequence[Verdict], pairs: Sequence[Pair], folder: Path) -> list[str]:
     """What the results say beyond the table, a line each."""
     lines = []
     for one in found:
@@ -496,10 +591,7 @@ def details(found: Sequence[Verdict], pairs: Sequence[Pair], missing: Sequence[s
             f"{_percent(one.left, '+')} from the twin: {one.blocking}. {one.actions['policy'].mean:.1f} actions and "
             f"{one.deletes['policy'].mean:.2f} deletes per answer; the twin {one.actions['twin'].mean:.1f} actions."
         ]
-    lines += ["", *_training(pairs, folder)]
-    if missing:
-        lines += ["", f"Not there, and not counted: {', '.join(missing)}."]
-    return lines
+    return [*lines, "", *_training(pairs, folder)]
 
 
 def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
@@ -508,27 +600,24 @@ def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
     for experiment in dict.fromkeys(pair.experiment for pair in pairs):
         mine = [pair for pair in pairs if pair.experiment == experiment]
         policies, twins = zip(*(map(_summary, pair.runs(folder)) for pair in mine), strict=True)
-        seconds += sum(summary["seconds"] for summary in (*policies, *(twins if mine[0].beside is None else ())))
-        counted = ("warmup_actions", "actions")
-        (warm, rl), (twin_warm, twin_rl) = (
-            [sum(s[key] for s in side) for key in counted] for side in (policies, twins)
+        seconds += sum(summary.seconds for summary in (*policies, *(twins if mine[0].beside is None else ())))
+        warm, rl, twin_warm, twin_rl = (
+            sum(getattr(summary, key) for summary in side)
+            for side in (policies, twins)
+            for key in ("warmup_actions", "actions")
         )
-        fewer = any(twin[key] < policy[key] for policy, twin in zip(policies, twins, strict=True) for key in counted)
         checked = "; its corrections are labelled by the task's check of prefixes" if _is_checked(mine[0]) else ""
         whose = f" of {mine[0].beside}" if mine[0].beside else ""
         base, before, twin_before = (
-            " and ".join(f"{_percent(Estimate.of([_stages(s)[stage][how] for s in side]))} {how}" for how in DECODINGS)
-            for stage, side in (("base", policies), ("before", policies), ("before", twins))
+            " and ".join(f"{_percent(Estimate.of([getattr(one, how) for one in cells]))} {how}" for how in DECODINGS)
+            for cells in ([p.base for p in policies], [p.before for p in policies], [t.before for t in twins])
         )
-        lines.append(
+        lines += [
             f"- {experiment}, before RL: the base model {base}; after the warm-up {before}; the twin{whose} "
-            f"{twin_before}."
-        )
-        lines.append(
+            f"{twin_before}.",
             f"- {experiment}, seeds {', '.join(str(pair.seed) for pair in mine)}: trained on {warm:,} actions in the "
-            f"warm-up and {rl:,} in RL{checked}. The twin{whose}: {twin_warm:,} and {twin_rl:,}"
-            f"{', FEWER for some seed' if fewer else ''}."
-        )
+            f"warm-up and {rl:,} in RL{checked}. The twin{whose}: {twin_warm:,} and {twin_rl:,}.",
+        ]
     count = len({run for pair in pairs for run in pair.runs(folder)})
     took = f"- {count} runs took {seconds / 3600:.1f} hours in all. The settings were chosen for the policy."
     return [*lines, took]

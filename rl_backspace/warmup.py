@@ -32,7 +32,7 @@ from rl_backspace.scoring import Packed, action_logprobs, batched, pack, packed_
 from rl_backspace.semantics import Budget
 from rl_backspace.tasks import Row, Task
 
-POOL = 2048  # answers that the model is asked for at each refresh, by each source that asks it: `group` a prompt
+POOL = 2048  # answers that each source asks the model for at a refresh, at most: `group` of each prompt
 HELD_OUT = 128  # test prompts that the detector is measured on
 Example = tuple[Entry, Correction]
 

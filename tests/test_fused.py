@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import naive
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rl_backspace.backbone import Backbone, PointerCache
 from rl_backspace.engine import GREEDY, Engine
@@ -101,11 +103,52 @@ def test_what_is_not_stock_runs_its_own_forward() -> None:
         assert fuse(tiny(), 8) is None
     assert fuse(lora(tiny(), use_dora=True).get_base_model(), 8) is None
     assert fuse(lora(tiny(), lora_bias=True).get_base_model(), 8) is None
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output)
+    assert fuse(tiny(), 8) is None
+    hook.remove()
     hooked, patched, replaced = tiny(), tiny(), tiny()
     hooked.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
     patched.model.layers[0].self_attn.forward = patched.model.layers[0].self_attn.forward
     replaced.model.layers[0].mlp.up_proj = nn.Sequential(replaced.model.layers[0].mlp.up_proj)
     assert [fuse(model, 8) for model in (hooked, patched, replaced)] == [None] * 3
+
+
+class Doubled(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_part_of_ones_own_is_heard_even_after_the_check() -> None:
+    model, rules = tiny(), Rules({}, frozenset([1]))
+    engine = Engine(model, rules)
+    model.model.layers[1].mlp.__class__ = Doubled
+    (ours,) = engine.run([[5, 6]], Budget(answer=8), GREEDY)
+    assert ours.actions == naive.greedy(model, [5, 6], rules, Budget(answer=8)).history
+
+
+def test_a_model_cut_short_is_the_cut_model() -> None:
+    model = tiny()
+    model.config.num_hidden_layers = 1
+    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+
+
+def test_a_merged_adapter_that_is_disabled_is_taken_out() -> None:
+    model, rules = lora(tiny()), Rules({}, frozenset([1]))
+    with model.disable_adapter():
+        (expected,) = Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)
+    model.merge_adapter()
+    assert Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)[0].actions != expected.actions
+    with model.disable_adapter():
+        assert Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)[0].actions == expected.actions
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    model = tiny()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_hook_is_heard_in_rollouts() -> None:

@@ -297,7 +297,54 @@ def test_the_table_goes_into_a_page_of_ones_own(here: Path, runner: list[list[st
     assert text.split("-->\n")[1].removesuffix("<!-- /study ") in Path("runs/s/results.md").read_text()
 
 
-@pytest.mark.parametrize("content", [None, "words", "<!-- study -->", "<!-- /study --><!-- study -->"])
+def test_a_page_keeps_its_line_ends_its_mode_and_its_link(here: Path, runner: list[list[str]]) -> None:
+    Path("page.md").write_bytes(b"as `<!-- study -->` says\r\n<!-- study -->\r\n<!-- /study -->\r\nafter\r\n")
+    Path("page.md").chmod(0o640)
+    Path("link.md").symlink_to("page.md")
+    write_study(seeds=[0])
+    assert call("study", "study.yaml", "--into", "link.md").code == 0
+    assert Path("link.md").is_symlink() and Path("page.md").stat().st_mode & 0o777 == 0o640
+    lines = Path("page.md").read_bytes().split(b"\n")
+    assert lines[0] == b"as `<!-- study -->` says\r" and all(line.endswith(b"\r") for line in lines[:-1])
+    assert lines[-3:] == [b"<!-- /study -->\r", b"after\r", b""]
+
+
+def test_what_is_not_there_stands_under_the_table(here: Path, runner: list[list[str]]) -> None:
+    Path("page.md").write_text("<!-- study -->\n<!-- /study -->\n")
+    ENDS["fail"].append("seed=1")
+    assert call("study", "study.yaml", "--into", "page.md").code == 1
+    assert "Not there, and not counted: signs-1.\n<!-- /study -->" in Path("page.md").read_text()
+
+
+def test_a_twin_that_was_trained_on_less_is_no_rival_to_beat(here: Path, runner: list[list[str]]) -> None:
+    call("study", "study.yaml")
+    records = records_of(here)
+    for key in study.TRAINED:
+        less = [{**r, key: 599} if r["arm"] == "twin" and r["seed"] == 1 else r for r in records]
+        assert all(verdict.fewer and not verdict.beats for verdict in verdicts(less))
+        assert "61.0 ± 2.5 (trained on fewer actions)" in study.table_of(verdicts(less), [])
+
+
+def test_an_experiment_that_is_not_asked_for_stands_in_no_ones_way(here: Path, runner: list[list[str]]) -> None:
+    write_study(experiments={**BESIDE, "longer": {"config": "experiment.yaml"}}, seeds=[0])
+    assert call("study", "study.yaml").code == 0
+    changed_one = {"config": "experiment.yaml", "set": ["trainer.max_steps=9"]}
+    write_study(experiments={**BESIDE, "longer": changed_one}, seeds=[0])
+    assert call("study", "study.yaml").code == 2
+    assert call("study", "study.yaml", "--only", "keep").code == 0
+    assert "Not there, and not counted: longer-0." in (here / "runs/s/results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "words",
+        "<!-- study -->",
+        "<!-- /study -->\n<!-- study -->\n",
+        "<!-- study -->\n<!-- study -->\n<!-- /study -->\n",
+    ],
+)
 def test_a_page_without_a_place_for_the_table_is_left_alone(
     content: str | None, here: Path, runner: list[list[str]]
 ) -> None:
@@ -348,12 +395,30 @@ def test_bad_studies_are_refused_in_one_line(fields: dict[str, Any], said: str, 
     assert result.code == 2 and len(result.errors) == 1 and said in result.errors[0]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-@pytest.mark.parametrize("file", ["controls.json", "summary.json"])
-def test_files_that_are_not_whole_are_told(content: str | None, file: str, here: Path, runner: list[list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *((file, content) for file in ("controls.json", "summary.json") for content in (None, "{", "[]", "{}")),
+        ("summary.json", ["actions_per_answer", "base"]),
+        ("summary.json", ["warmup_actions"]),
+        ("summary.json", ["reference_actions"]),
+        ("controls.json", ["sampled", "arms", "random"]),
+        ("controls.json", ["greedy", "curve", "majority"]),
+    ],
+)
+def test_files_that_are_not_whole_are_told(
+    content: str | list[str] | None, file: str, here: Path, runner: list[list[str]]
+) -> None:
     write_study(seeds=[0])
     call("study", "study.yaml")
     path = here / "runs/s/signs-0/policy" / file
+    if isinstance(content, list):  # a key with nothing behind it
+        whole = json.loads(path.read_text())
+        inner = whole
+        for key in content[:-1]:
+            inner = inner[key]
+        inner[content[-1]] = []
+        content = json.dumps(whole)
     path.unlink() if content is None else path.write_text(content)
     result = call("study", "study.yaml")
     assert result.code == 2 and len(result.errors) == 1
