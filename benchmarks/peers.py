@@ -34,8 +34,8 @@ from rl_backspace.trainer import BackspaceGRPOTrainer
 def generate(
     model: PreTrainedModel, prompts: Tensor, answer: int, criteria: StoppingCriteriaList | None = None
 ) -> Tensor:
-    """`model.generate`, sampling `answer` tokens for every row (B, P): no end-of-sequence, so lengths are equal unless
-    the criteria end a row before, which then is padded."""
+    """`model.generate`, sampling `answer` tokens for every row (B, P): no end-of-sequence, so lengths are equal; it
+    ends when the criteria have ended every row."""
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=answer, pad_token_id=PAD, eos_token_id=None
     )
@@ -56,14 +56,14 @@ class Lengths(StoppingCriteria):
 
 
 def generate_skewed(model: PreTrainedModel, prompts: Tensor, lengths: Tensor, batch: int) -> int:
-    """`model.generate`, `batch` rows at a time, until the longest of them is done; how many tokens came that are not
-    padding, which a model with random weights types now and then too."""
+    """`model.generate`, `batch` rows at a time, until the longest of them is done; how many tokens came that were
+    asked for (what comes behind them in a shorter row does not count)."""
     tokens = 0
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         criteria = StoppingCriteriaList([Lengths(prompts.shape[1], lengths[part])])
         out = generate(model, prompts[part], int(lengths[part].max()), criteria)
-        tokens += int((out != PAD).sum())
+        tokens += int(lengths[part].clamp(max=out.shape[1]).sum())
     return tokens
 
 
