@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from rl_backspace import study
 from rl_backspace.config import override, parse, parse_pretrain, read_yaml
 from rl_backspace.experiment import prepare
 from rl_backspace.pretrain import pretrain
@@ -51,8 +53,22 @@ def test_runs_a_step(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("studies/*.yaml")), ids=lambda path: path.stem)
 def test_studies_are_of_experiments_that_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXPERIMENTS.parent)
-    study, pairs = read(path)
-    assert len(pairs) == len(study.seeds) * len(study.experiments) > 0
+    content, pairs = read(path)
+    assert len(pairs) == len(content.seeds) * len(content.experiments) > 0
+
+
+def test_the_published_study_is_what_its_runs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the small files of each run, made with the experiment files as they are now; the README has its table."""
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    monkeypatch.setattr(study, "run_all", lambda *_: {})  # what is not there stays so
+    results, page = EXPERIMENTS / "studies" / "results", tmp_path / "README.md"
+    shutil.copytree(results, tmp_path / "results")
+    shutil.copy("README.md", page)
+    file = EXPERIMENTS / "studies" / "study.yaml"
+    assert study.run_study(file, tmp_path / "results", jobs=1, dry_run=False, into=page) == 0
+    for name in ("results.csv", "results.md"):
+        assert (tmp_path / "results" / name).read_text() == (results / name).read_text()
+    assert page.read_text() == Path("README.md").read_text()
 
 
 def test_the_embedded_base_leaves_room_to_learn() -> None:
