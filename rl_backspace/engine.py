@@ -19,6 +19,8 @@ from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, ev
 from rl_backspace.errors import UserError
 from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rules, replay
 
+AHEAD = 8  # actions drawn at once where deletes may come back to a context: another pass costs more than drawing more
+MOST_GONE = 0.95  # of the probability: then what is left is too little to be told exactly from what is gone
 COLDEST = 1e-6  # below it, logits that are divided by the temperature overflow
 
 
@@ -61,7 +63,7 @@ class Sampling:
 
         It may be -1, or any, where a row has no legal one.
         """
-        return draw(logprobs, self, generator)
+        return draw(logprobs, self, generator)[:, 0]
 
     def stopped(self, rows: Sequence[Running]) -> Sequence[bool]:
         """Which rows end now, although their actions do not say so; empty for none."""
@@ -106,8 +108,47 @@ class Keyboard(Protocol):
 
 
 @dataclass
+class Drawn:
+    """Actions that were drawn ahead in one context, for when deletes come back to it.
+
+    They are independent draws from one distribution, so to pass over those that have become illegal leaves draws from
+    what is legal. By greedy decoding they are the likeliest ones, and the first legal one is the choice each time.
+
+    Attributes:
+        greedy: by greedy decoding.
+        tokens: those that are left, the next one last.
+        known: log-probabilities of drawn tokens and of deletes, among what was `legal` then.
+        illegal: what was not.
+        value: the critic's, if there is one.
+    """
+
+    greedy: bool
+    tokens: list[int]
+    known: dict[int, float]
+    illegal: list[int]
+    value: list[float] = field(default_factory=list)
+
+    def next(self, illegal: list[int]) -> tuple[int, float] | None:
+        """The next one and its log-probability among what is legal now; None where it has to be drawn anew."""
+        gone = 0.0
+        for token in illegal:
+            if token not in self.illegal:
+                if token not in self.known:
+                    return None
+                gone += math.exp(self.known[token])
+        if gone > MOST_GONE or any(token not in illegal for token in self.illegal):
+            return None
+        for place in reversed(range(len(self.tokens))):
+            if (token := self.tokens[place]) not in illegal:
+                if not self.greedy:
+                    del self.tokens[place:]
+                return token, self.known[token] - math.log1p(-gone)
+        return None
+
+
+@dataclass
 class Running:
-    """A rollout that goes on; `index` is its prompt's, in the caller's order."""
+    """A rollout that goes on; `index` is its prompt's, in the caller's order, `drawn` by where the context ends."""
 
     index: int
     prompt: list[int]
@@ -115,6 +156,7 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     forward_passes: int = 1
+    drawn: dict[int, Drawn] = field(default_factory=dict)
 
     @property
     def pointer(self) -> int:
@@ -148,6 +190,7 @@ class Engine:
         rows: how many rollouts run side by side; memory grows with it.
         keyboard: what the policy types on; it may swap what was chosen, also by greedy decoding.
         critic: hidden states (n, H) -> values (n, 1), which rollouts record.
+        ahead: how many actions to draw at once where deletes may come back.
 
     Raises:
         UserError: the model's cache cannot rewind, with the reason.
@@ -160,8 +203,9 @@ class Engine:
         rows: int = 128,
         keyboard: Keyboard | None = None,
         critic: nn.Module | None = None,
+        ahead: int = AHEAD,
     ):
-        self.backbone = Backbone(model)
+        self.backbone, self.ahead = Backbone(model), ahead
         self.rules = rules
         self.rows = rows
         self.keyboard = keyboard
@@ -238,36 +282,54 @@ class Engine:
             values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
             again, going = [], []
             for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
-                row = batch.rows[i]
+                row, value = batch.rows[i], values[n : n + 1]
                 if action < 0:
                     row.machine.stop("stuck")
                     continue
-                enters = row.machine.step(action)
-                row.logprobs.append(logprob)
-                row.values += values[n : n + 1]
-                if on_action:
-                    on_action(row.index, action)
-                if row.machine.end is not None:
-                    continue
-                going.append(row)
-                if enters is None:
-                    again.append(i)
-                else:
-                    feed[i] = enters
+                if (drawn := row.drawn.get(row.pointer)) is not None:
+                    drawn.value = value
+                enters = self._act(row, action, logprob, value, on_action)
+                while enters is None and row.machine.end is None:
+                    drawn = row.drawn.get(row.pointer)
+                    found = drawn.next(row.machine.illegal()) if drawn is not None else None
+                    if found is None:
+                        again.append(i)
+                        break
+                    enters = self._act(row, *found, drawn.value, on_action)  # type: ignore[union-attr]
+                if row.machine.end is None:
+                    going.append(row)
+                    feed[i] = enters or 0
             for row, stopped in zip(going, sampling.stopped(going), strict=False):
                 if stopped:
                     row.machine.stop("stop")
             acting = [i for i in again if batch.rows[i].machine.end is None]
         return feed
 
+    def _act(
+        self,
+        row: Running,
+        action: int,
+        logprob: float,
+        value: list[float],
+        on_action: Callable[[int, int], None] | None,
+    ) -> int | None:
+        """Take an action; the token that has to be fed for it."""
+        enters = row.machine.step(action)
+        row.logprobs.append(logprob)
+        row.values += value
+        if on_action:
+            on_action(row.index, action)
+        return enters
+
     def _sample(
         self, hidden: Tensor, rows: list[Running], sampling: Sampling, generator: torch.Generator | None
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per hidden state (n, H); action -1 where none is legal."""
         logits = self.backbone.logits(hidden)
-        places, tokens = [], []
+        places, tokens, forbidden = [], [], []
         for n, row in enumerate(rows):
             illegal = row.machine.illegal()
+            forbidden.append(illegal)
             places += [n] * len(illegal)
             tokens += illegal
         if places:
@@ -277,7 +339,10 @@ class Engine:
             logits[:, list(self.rules.deletes)] += sampling.delete_bias
             if not sampling.by_logits:
                 wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
-        actions = sampling.choose(logits, wanted, rows, generator)
+        if self._may_come_back(sampling, rows):
+            actions = self._draw_ahead(logprobs, rows, forbidden, sampling, generator)
+        else:
+            actions = sampling.choose(logits, wanted, rows, generator)
         if self.keyboard is not None:
             typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
             actions = torch.where(actions < 0, actions, typed)
@@ -289,6 +354,32 @@ class Engine:
                 raise UserError(NOT_NUMBERS)
             actions = actions.masked_fill(~possible, -1)
         return actions.tolist(), chosen.tolist()
+
+    def _may_come_back(self, sampling: Sampling, rows: list[Running]) -> bool:
+        """Whether deletes may bring rows back to a context, where the next action is another draw from the same
+        distribution: nothing but what is legal has changed."""
+        plain = type(sampling) is Sampling and self.keyboard is None and not sampling.delete_bias
+        whole = (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1.0, 0.0)
+        deletes = bool(self.rules.deletes) and self.rules.memory != "keep" and rows[0].machine.budget.deletes != 0
+        return self.ahead > 1 and plain and whole and deletes
+
+    def _draw_ahead(
+        self,
+        logprobs: Tensor,
+        rows: list[Running],
+        forbidden: list[list[int]],
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """One action (n,) per row, and some more for when it comes back here, which the row keeps."""
+        count, deletes, greedy = min(self.ahead, logprobs.shape[1]), list(self.rules.deletes), not sampling.temperature
+        tokens = draw(logprobs, sampling, generator, count)
+        columns = torch.cat((tokens, torch.tensor([deletes], device=tokens.device).expand(len(rows), -1)), 1)
+        known = logprobs.gather(1, columns).tolist()
+        for row, ids, values, illegal in zip(rows, columns.tolist(), known, forbidden, strict=True):
+            left = ids[:count] if greedy else ids[1:count]  # the first one is taken now
+            row.drawn[row.pointer] = Drawn(greedy, left[::-1], dict(zip(ids, values, strict=True)), illegal)
+        return tokens[:, 0]
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:
         """Longest context in tokens that these prompts can grow to; raises UserError if the model has no room."""
@@ -314,20 +405,19 @@ class Engine:
         return {"erase": left, "hint": (left - 1) // 2, "keep": left // ACTIONS_PER_TOKEN}[self.rules.memory]
 
 
-def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Choose one action per row of log-probabilities (n, V); token ids (n,)."""
+def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None, count: int = 1) -> Tensor:
+    """Draw `count` actions per row of log-probabilities (n, V), independently of each other, or take the likeliest ones
+    in order; token ids (n, count)."""
     if sampling.temperature == 0:
-        return logprobs.argmax(-1)
+        return logprobs.topk(count).indices if count > 1 else logprobs.argmax(-1, keepdim=True)
     logprobs = _truncate(logprobs, sampling)
     # one random number per row, where a noise per token would cost more; double, so that rounding adds no mass
     cumulative = logprobs.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(len(logprobs), 1, device=logprobs.device, dtype=torch.double, generator=generator)
+    uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logprobs.shape[-1] - 1)
     possible = logprobs.gather(1, chosen).isfinite()  # a parallel sum need not be monotone to the last digit
-    if not possible.all():
-        chosen = torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
-    return chosen[:, 0]
+    return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:

@@ -37,7 +37,7 @@ class Scripted(Engine):
     """An engine whose policy is a script."""
 
     def __init__(self, policy: Policy, script: Script):
-        super().__init__(policy.model, policy.rules)
+        super().__init__(policy.model, policy.rules, ahead=1)  # what the script says may change behind a context
         self.policy, self.script = policy, script
         prompts = policy.encode([row["prompt"] for row in TASK.test])
         self.rows_by_prompt = {tuple(ids): row for ids, row in zip(prompts, TASK.test, strict=True)}

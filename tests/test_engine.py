@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import naive
 import pytest
+import scipy.stats
 import torch
 import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
 
-from rl_backspace.engine import GREEDY, Engine, Sampling, draw
+from rl_backspace.engine import GREEDY, Drawn, Engine, Sampling, draw
 from rl_backspace.errors import UserError
 from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Rules, replay
@@ -189,7 +192,7 @@ def test_draws_never_have_mass_zero() -> None:
     """Most of a large vocabulary illegal, the last token among it, many draws."""
     logprobs = torch.full((20_000, 64), -torch.inf)
     logprobs[:, 10:13] = torch.tensor([0.2, 0.3, 0.5]).log()
-    drawn = draw(logprobs, Sampling(), torch.Generator().manual_seed(0))
+    drawn = draw(logprobs, Sampling(), torch.Generator().manual_seed(0))[:, 0]
     assert set(drawn.tolist()) == {10, 11, 12}
     assert (drawn == 12).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
@@ -388,3 +391,56 @@ def test_a_keyboard_is_not_told_of_choices_that_were_none() -> None:
 
     played = Keyboard(0.5, (5, 6), frozenset([EOS]))
     assert Engine(tiny(), rules(), keyboard=played).run([[3]], Budget(5), Never())[0].end == "stuck"
+
+
+@pytest.mark.parametrize("memory", ["erase", "hint", "keep"])
+@pytest.mark.parametrize("retry", ["free", "ban"])
+def test_drawing_ahead_changes_no_greedy_answer(retry: str, memory: str) -> None:
+    model, played, budget = eager_to_delete(tiny()), rules(memory, retry), Budget(answer=10, actions=40, deletes=15)
+    once, ahead = (Engine(model, played, rows=7, ahead=count).run(some_prompts(24), budget, GREEDY) for count in (1, 3))
+    assert sum(rollout.deletes for rollout in once) > 40
+    for a, b in zip(once, ahead, strict=True):
+        assert (a.actions, a.end, a.forward_passes) == (b.actions, b.end, b.forward_passes)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("retry", ["free", "ban"])
+def test_what_is_drawn_ahead_is_drawn_from_what_is_legal(retry: str) -> None:
+    """Short traces are as frequent as the naive decoder says they are likely, those that came back here too."""
+    vocab, words = 8, {7: "token"}
+    model = tiny(vocab_size=vocab)
+    with torch.no_grad():
+        model.lm_head.bias = torch.nn.Parameter(2.0 * (torch.arange(vocab) == 7))
+    played, budget, prompt = Rules(words, frozenset([EOS]), "erase", retry), Budget(answer=3, actions=5), [4, 3]  # type: ignore[arg-type]
+    count = 20_000
+    engine = Engine(model, played, rows=512)
+    rollouts = engine.run([prompt] * count, budget, Sampling(1.5), torch.Generator().manual_seed(0))
+    counts = Counter(tuple(rollout.actions) for rollout in rollouts)
+    found, expected = [], []
+
+    @functools.cache
+    def likely(context: tuple[int, ...], forbidden: frozenset[int]) -> list[float]:
+        return naive.logprobs(model, context, set(forbidden), 1.5).tolist()
+
+    for trace, often in counts.items():
+        slow, chance = naive.Naive(played, budget), 0.0
+        for action in trace:
+            chance += likely((*prompt, *slow.context()), frozenset(slow.forbidden()))[action]
+            slow.press(action)
+        if count * math.exp(chance) >= 20:
+            found.append(often)
+            expected.append(count * math.exp(chance))
+    came_back = sum(often for trace, often in counts.items() if 7 in trace[:-1])
+    assert came_back > count / 5 and sum(found) > 0.7 * count
+    found, expected = [*found, count - sum(found)], [*expected, count - sum(expected)]
+    assert scipy.stats.chisquare(found, expected).pvalue > 1e-3
+
+
+def test_what_is_left_too_little_of_is_drawn_anew() -> None:
+    drawn = Drawn(False, [5, 4, 3], {3: math.log(0.5), 4: math.log(0.3), 5: math.log(0.1), 9: math.log(0.04)}, [])
+    assert drawn.next([3]) == (4, pytest.approx(math.log(0.6)))
+    assert drawn.next([3, 2]) is None  # nobody knows how likely 2 was
+    assert drawn.next([3, 4]) == (5, pytest.approx(math.log(0.5)))
+    assert drawn.next([3, 4]) is None  # no more
+    assert Drawn(False, [5], {3: math.log(0.97), 5: -4.0}, []).next([3]) is None
+    assert Drawn(False, [5], {5: -4.0}, [3]).next([]) is None  # more is legal than was
