@@ -107,7 +107,7 @@ class Keyboard(Protocol):
     def through(self, logprobs: Tensor) -> Tensor: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Drawn:
     """Actions that were drawn ahead in one context, for when deletes come back to it.
 
@@ -115,17 +115,19 @@ class Drawn:
     what is legal. By greedy decoding they are the likeliest ones, and the first legal one is the choice each time.
 
     Attributes:
-        greedy: by greedy decoding.
-        tokens: those that are left, the next one last.
-        known: log-probabilities of drawn tokens and of deletes, among what was `legal` then.
+        tokens: the drawn ones, in order, and behind them the deletes.
+        logprobs: theirs, among what was legal then.
         illegal: what was not.
+        count: how many of them were drawn.
+        used: how many of those are spent; None by greedy decoding, which spends none.
         value: the critic's, if there is one.
     """
 
-    greedy: bool
     tokens: list[int]
-    known: dict[int, float]
+    logprobs: list[float]
     illegal: list[int]
+    count: int
+    used: int | None
     value: list[float] = field(default_factory=list)
 
     def next(self, illegal: list[int]) -> tuple[int, float] | None:
@@ -133,16 +135,15 @@ class Drawn:
         gone = 0.0
         for token in illegal:
             if token not in self.illegal:
-                if token not in self.known:
+                if token not in self.tokens:
                     return None
-                gone += math.exp(self.known[token])
-        if gone > MOST_GONE or any(token not in illegal for token in self.illegal):
+                gone += math.exp(self.logprobs[self.tokens.index(token)])
+        if gone > MOST_GONE or not set(self.illegal).issubset(illegal):
             return None
-        for place in reversed(range(len(self.tokens))):
+        for place in range(self.used or 0, self.count):
             if (token := self.tokens[place]) not in illegal:
-                if not self.greedy:
-                    del self.tokens[place:]
-                return token, self.known[token] - math.log1p(-gone)
+                self.used = None if self.used is None else place + 1
+                return token, self.logprobs[place] - math.log1p(-gone)
         return None
 
 
@@ -372,13 +373,13 @@ class Engine:
         generator: torch.Generator | None,
     ) -> Tensor:
         """One action (n,) per row, and some more for when it comes back here, which the row keeps."""
-        count, deletes, greedy = min(self.ahead, logprobs.shape[1]), list(self.rules.deletes), not sampling.temperature
-        tokens = draw(logprobs, sampling, generator, count)
-        columns = torch.cat((tokens, torch.tensor([deletes], device=tokens.device).expand(len(rows), -1)), 1)
-        known = logprobs.gather(1, columns).tolist()
-        for row, ids, values, illegal in zip(rows, columns.tolist(), known, forbidden, strict=True):
-            left = ids[:count] if greedy else ids[1:count]  # the first one is taken now
-            row.drawn[row.pointer] = Drawn(greedy, left[::-1], dict(zip(ids, values, strict=True)), illegal)
+        count, used = min(self.ahead, logprobs.shape[1]), 1 if sampling.temperature else None
+        drawn = draw(logprobs, sampling, generator, count)
+        deletes = torch.tensor([list(self.rules.deletes)], device=drawn.device).expand(len(rows), -1)
+        tokens = torch.cat((drawn, deletes), 1)
+        known = logprobs.gather(1, tokens).tolist()
+        for row, ids, values, illegal in zip(rows, tokens.tolist(), known, forbidden, strict=True):
+            row.drawn[row.pointer] = Drawn(ids, values, illegal, count, used)
         return tokens[:, 0]
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:

@@ -4,6 +4,7 @@ import functools
 import math
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import naive
@@ -437,10 +438,16 @@ def test_what_is_drawn_ahead_is_drawn_from_what_is_legal(retry: str) -> None:
 
 
 def test_what_is_left_too_little_of_is_drawn_anew() -> None:
-    drawn = Drawn(False, [5, 4, 3], {3: math.log(0.5), 4: math.log(0.3), 5: math.log(0.1), 9: math.log(0.04)}, [])
-    assert drawn.next([3]) == (4, pytest.approx(math.log(0.6)))
-    assert drawn.next([3, 2]) is None  # nobody knows how likely 2 was
-    assert drawn.next([3, 4]) == (5, pytest.approx(math.log(0.5)))
-    assert drawn.next([3, 4]) is None  # no more
-    assert Drawn(False, [5], {3: math.log(0.97), 5: -4.0}, []).next([3]) is None
-    assert Drawn(False, [5], {5: -4.0}, [3]).next([]) is None  # more is legal than was
+    def drawn(*chances: float, illegal: Sequence[int] = ()) -> Drawn:
+        """3, 4, 5, ... with these probabilities, then the delete token 9, which has 0.04; 3 is taken."""
+        tokens = [*range(3, 3 + len(chances)), 9]
+        return Drawn(tokens, [math.log(p) for p in (*chances, 0.04)], list(illegal), len(chances), used=1)
+
+    some = drawn(0.5, 0.3, 0.1)
+    assert some.next([3]) == (4, pytest.approx(math.log(0.6)))
+    assert some.next([3, 2]) is None  # nobody knows how likely 2 was
+    assert some.next([3, 4]) == (5, pytest.approx(math.log(0.5)))
+    assert some.next([3, 4]) is None  # no more
+    assert drawn(0.5, 0.3).next([3, 9]) == (4, pytest.approx(math.log(0.3 / 0.46)))
+    assert drawn(0.97, 0.01).next([3]) is None
+    assert drawn(0.5, 0.3, illegal=[7]).next([]) is None  # more is legal than was
