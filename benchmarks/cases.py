@@ -299,7 +299,7 @@ def packed_scoring(setting: Setting, apart: int = 4, chunk: int = 16) -> tuple[S
     return ours, peer
 
 
-# as in experiments/arith.yaml, but for the sources that ask the model
+# groups of corrections from the sources that need no model
 WARMUP = Warmup(group=8, clean=0.2, errors=2, late=5, sources={"random": 1.0, "early": 1.0})
 WARMUP_RULES = Rules({models.DELETE: "token"}, eos=frozenset({models.EOS}), retry="ban")
 
