@@ -86,7 +86,8 @@ def draw_study(verdicts: Sequence[Verdict], curves: dict[tuple[str, int, str], A
         for axes in panels[:, 0]:
             axes.set_ylabel("accuracy, %")
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names) + 1), frameon=False, fontsize=8.5)
+        across = min(3, len(names) + 1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, fontsize=8.5)
         figure.savefig(path, format="png", dpi=150, metadata={"Software": PICTURE})
 
 
