@@ -113,6 +113,18 @@ def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8) -> tupl
     return ours, peer
 
 
+def scoring_side(model: Any, ids: Tensor, actions: int, rules: Rules, budget: Budget) -> Side:
+    """Our forward and backward over rows (B, P + K) without padding, whose last `actions` ids are the traces."""
+
+    def run() -> int:
+        model.zero_grad()
+        logprobs, _ = score(model, pack(ids, torch.ones_like(ids), actions, rules, budget))
+        logprobs.sum().backward()
+        return logprobs.numel()
+
+    return run
+
+
 def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
     """Forward and backward over traces with deletes, against flat sequences of as many actions, as TRL scores them."""
     model = models.make(setting.size, setting.deletes, setting.context)
@@ -120,11 +132,7 @@ def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
     rollouts = Engine(model, RULES, rows=setting.batch).run(prompts.tolist(), budget)
     ids = torch.cat((prompts, torch.tensor([rollout.actions for rollout in rollouts])), 1)
 
-    def ours() -> int:
-        model.zero_grad()
-        logprobs, _ = score(model, pack(ids, torch.ones_like(ids), setting.actions, RULES, budget))
-        logprobs.sum().backward()
-        return logprobs.numel()
+    ours = scoring_side(model, ids, setting.actions, RULES, budget)
 
     def peer() -> int:
         model.zero_grad()
@@ -177,13 +185,18 @@ def cost_of_deletes(setting: Setting, share: float = 0.3, batches: int = 4) -> t
     return ours, peer
 
 
+def grouped_prompts(setting: Setting, group: int) -> Tensor:
+    """As many rows as the batch has, `group` of each prompt; the prompts are as long as the setting's actions."""
+    expect(setting.batch % group == 0, f"the batch is a multiple of {group} (got {setting.batch})")
+    return models.prompts(setting.batch // group, setting.actions).repeat_interleave(group, 0)
+
+
 def shared_prompts(setting: Setting, group: int = 8) -> tuple[Side, Side]:
     """Groups of `group` answers to one prompt, four times as long as they are, against `model.generate`, which computes
     a prompt once for each of its answers. No deletes."""
     actions = max(1, setting.actions // 4)
     model = models.make(setting.size, 0.0, setting.actions + actions)
-    expect(setting.batch % group == 0, f"the batch is a multiple of {group} (got {setting.batch})")
-    prompts = models.prompts(setting.batch // group, setting.actions).repeat_interleave(group, 0)
+    prompts = grouped_prompts(setting, group)
     engine, listed = Engine(model, RULES, rows=len(prompts)), prompts.tolist()
 
     def ours() -> int:
@@ -201,17 +214,11 @@ def shared_scoring(setting: Setting, group: int = 8) -> tuple[Side, Side]:
     prompt and answer as a sequence of its own, as TRL scores them. No deletes."""
     actions = max(1, setting.actions // 4)
     model = models.make(setting.size, 0.0, setting.actions + actions)
-    expect(setting.batch % group == 0, f"the batch is a multiple of {group} (got {setting.batch})")
-    prompts = models.prompts(setting.batch // group, setting.actions).repeat_interleave(group, 0)
+    prompts = grouped_prompts(setting, group)
     ids = torch.cat((prompts, models.prompts(len(prompts), actions, seed=2)), 1)
-    real = torch.ones_like(ids)
     rules, budget = Rules({}, eos=frozenset()), Budget(actions)
 
-    def ours() -> int:
-        model.zero_grad()
-        logprobs, _ = score(model, pack(ids, real, actions, rules, budget))
-        logprobs.sum().backward()
-        return logprobs.numel()
+    ours = scoring_side(model, ids, actions, rules, budget)
 
     def peer() -> int:
         model.zero_grad()
@@ -282,11 +289,7 @@ def packed_scoring(setting: Setting, apart: int = 4, chunk: int = 16) -> tuple[S
     ids = torch.tensor([prompt + trace for prompt, trace in zip(prompts, traces, strict=True)])
     real = torch.ones_like(ids)
 
-    def ours() -> int:
-        model.zero_grad()
-        logprobs, _ = score(model, pack(ids, real, setting.actions, RULES, budget))
-        logprobs.sum().backward()
-        return logprobs.numel()
+    ours = scoring_side(model, ids, setting.actions, RULES, budget)
 
     def peer() -> int:
         model.zero_grad()

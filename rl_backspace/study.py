@@ -226,9 +226,9 @@ def run_study(
             if pair.experiment in chosen:
                 raise
             others.add(pair.id)
+    wanted = [pair for pair in pairs if pair.experiment in chosen]
     if dry_run:
-        chosen_pairs = [pair for pair in pairs if pair.experiment in chosen]
-        print(*dict.fromkeys(place for pair in chosen_pairs for place in pair.runs(folder)), sep="\n")
+        print(*dict.fromkeys(place for pair in wanted for place in pair.runs(folder)), sep="\n")
         return 0
     failed, interrupted = False, False
     with claimed(folder) as lock:
@@ -237,7 +237,7 @@ def run_study(
             temporary.write_bytes(text)
         try:
             for seed in study.seeds:
-                mine = [pair for pair in pairs if pair.seed == seed and pair.experiment in chosen]
+                mine = [pair for pair in wanted if pair.seed == seed]
                 failed |= _run(mine, policies, {}, jobs, lock)
                 mine = [pair for pair in mine if pair.id in twins and is_finished(policies[pair.id])]
                 failed |= _run(mine, twins, policies, jobs, lock)
@@ -323,7 +323,7 @@ def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
     for pair in pairs:
         place, beside = pair.runs(folder)
         policy, twin = _controls(place, _Controls[_PolicyArms]), _controls(beside)
-        trained = {"policy": _summary(place), "twin": _summary(beside)}
+        ours, theirs = _summary(place), _summary(beside)
         for how in DECODINGS:
             arms = policy[how]["arms"]
             spent = arms["allowed"]["actions_per_answer"]
@@ -336,6 +336,7 @@ def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
                 "twin_tries": _tries(twin, how, spent),
             }
             for arm, cell in cells.items():
+                trained = theirs if arm in ("twin", "twin_tries") else ours
                 yield {
                     "experiment": pair.experiment,
                     "seed": pair.seed,
@@ -345,8 +346,8 @@ def rows(pairs: Sequence[Pair], folder: Path) -> Iterator[dict[str, Any]]:
                     "actions": cell["actions_per_answer"],
                     "deletes": cell["deletes_per_answer"],
                     "n": cell.get("n", 1),
-                    "warmup_actions": trained["twin" if "twin" in arm else "policy"].warmup_actions,
-                    "rl_actions": trained["twin" if "twin" in arm else "policy"].actions,
+                    "warmup_actions": trained.warmup_actions,
+                    "rl_actions": trained.actions,
                 }
 
 
@@ -418,22 +419,23 @@ class _Summary(BaseModel):
 
 
 def _controls(run: Path, model: type[BaseModel] = _Controls[_TwinArms]) -> Any:
-    _content(run / "controls.json", model)
-    return json.loads((run / "controls.json").read_bytes())
+    """Whole, for the picture; checked where the results are read of it."""
+    return _content(run / "controls.json", model)[0]
 
 
 def _summary(run: Path) -> _Summary:
-    return _content(run / "summary.json", _Summary)
+    return _content(run / "summary.json", _Summary)[1]
 
 
 Content = TypeVar("Content", bound=BaseModel)
 
 
-def _content(path: Path, model: type[Content]) -> Content:
-    """What a run's file holds; raises UserError where that is not what `train` writes."""
+def _content(path: Path, model: type[Content]) -> tuple[Any, Content]:
+    """What a run's file holds, and what is read of it; raises UserError where that is not what `train` writes."""
     try:
-        return model.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        text = path.read_bytes()
+        return json.loads(text), model.model_validate_json(text)
+    except (OSError, ValueError) as error:  # pydantic's is one too
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else one_line(error)
         raise UserError(f"{path.parent}: {path.name} is not what `train` writes ({reason}); remove the run") from error

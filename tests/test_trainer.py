@@ -175,7 +175,7 @@ def test_scores_what_it_sampled_and_rewards_see_what_is_visible(deleter: Policy,
     "fields",
     [
         {"num_iterations": 2, "max_steps": 4},
-        {"bf16": True, "use_cpu": True},
+        {"bf16": True, "use_cpu": True, "seed": 2},
         {"mask_truncated_completions": True},
         {"top_k": 3, "temperature": 0.8},
         {"gradient_checkpointing": True},
@@ -187,8 +187,8 @@ def test_the_gap_stays_at_rounding(deleter: Policy, tmp_path: Path, fields: dict
         deleter, rows, Budget(ANSWER, 20), [digits], config(tmp_path, **fields), dataset(rows.train)
     )
     trainer.train()
-    assert trainer.deletes > 5
-    assert trainer.logp_gap_max < (0.1 if fields.get("bf16") else 1e-4)
+    assert trainer.deletes > 10
+    assert trainer.logp_gap_max < (0.05 if fields.get("bf16") else 1e-4)
 
 
 def test_logged_accuracy_counts_finished_right_answers(deleter: Policy, tmp_path: Path) -> None:
