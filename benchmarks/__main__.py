@@ -42,20 +42,24 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     setting = Setting(given.size, given.batch, given.prompt, given.actions)
+    path = given.out or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{given.size}-{torch.get_num_threads()}t.json"
     results = {}
     with Progress(console=console, transient=True) as progress:
         for key in given.cases or CASES:
             case = CASES[key]
+            try:
+                ours, peer = case.setup(setting)
+            except ModuleNotFoundError as error:
+                console.print(f"[yellow]{key} is left out: its peer is not installed; pip install {error.name}")
+                continue
             bar = progress.add_task(f"{case.name} / {case.peer}", total=given.repeats)
-            ours, peer = case.setup(setting)
             if case.memory:
                 compared: Comparison | Peaks = Peaks(peak(ours), peak(peer))
             else:
                 compared = compare(ours, peer, given.repeats, on_pair=partial(progress.advance, bar))
             results[key] = report.Result(case, compared)
+            report.write(results, setting, path)  # case by case, so that none is lost
     report.table(list(results.values()), setting, console)
-    path = given.out or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{given.size}-{torch.get_num_threads()}t.json"
-    report.write(results, setting, path)
     console.print(f"written to {path}")
 
 

@@ -64,9 +64,11 @@ class Case:
     memory: bool = False
 
 
-def rollouts_without_deletes(setting: Setting) -> tuple[Side, Side]:
-    """Deletes blocked, against `model.generate`: same prompts, same lengths, both sampling."""
-    model = models.make(setting.size, 0.0, setting.context)
+def rollouts_without_deletes(setting: Setting, adapted: bool = False) -> tuple[Side, Side]:
+    """Deletes blocked, against `model.generate`: same prompts, same lengths, both sampling; with a LoRA adapter, as in
+    training, or none."""
+    model: Any = models.make(setting.size, 0.0, setting.context)
+    model = models.adapt(model).eval() if adapted else model
     prompts = models.prompts(setting.batch, setting.prompt)
     engine, listed = Engine(model, RULES, rows=setting.batch), prompts.tolist()
 
@@ -76,6 +78,23 @@ def rollouts_without_deletes(setting: Setting) -> tuple[Side, Side]:
 
     def peer() -> int:
         return peers.generate(model, prompts, setting.actions).numel()
+
+    expect(ours() == peer() == setting.batch * setting.actions, "both sides produce as many tokens")
+    return ours, peer
+
+
+def continuous_batching(setting: Setting) -> tuple[Side, Side]:
+    """Deletes blocked, against transformers' continuous batching."""
+    model = models.make(setting.size, 0.0, setting.context)
+    other = models.make(setting.size, 0.0, setting.context)  # it changes the model's attention
+    prompts = models.prompts(setting.batch, setting.prompt).tolist()
+    engine = Engine(model, RULES, rows=setting.batch)
+
+    def ours() -> int:
+        return sum(len(rollout.visible) for rollout in engine.run(prompts, Budget(setting.actions, deletes=0)))
+
+    def peer() -> int:
+        return peers.generate_batch(other, prompts, setting.actions)
 
     expect(ours() == peer() == setting.batch * setting.actions, "both sides produce as many tokens")
     return ours, peer
@@ -270,6 +289,7 @@ def rollouts_with_deletes(
     def peer() -> int:
         return sum(len(peer_of(model, prompt, setting.actions)) for prompt in prompts[:alone])
 
+    expect(len(peer_of(model, prompts[0], setting.actions)) == setting.actions, "the loop takes as many actions")
     rollouts = engine.run(prompts, budget)
     share = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
     expect(abs(share - setting.deletes) < 0.05, f"{setting.deletes:.0%} of the actions are deletes (got {share:.0%})")
@@ -379,6 +399,10 @@ def expect(holds: bool, what: str) -> None:
 
 CASES = {
     "generate": Case("rollouts, no deletes", "model.generate", 1.5, rollouts_without_deletes),
+    "adapted": Case(
+        "rollouts, no deletes, LoRA", "model.generate", 1.5, partial(rollouts_without_deletes, adapted=True)
+    ),
+    "continuous": Case("rollouts, no deletes", "generate_batch", 1.5, continuous_batching),
     "skewed": Case("rollouts, skewed lengths", "model.generate", 3.0, skewed_rollouts),
     "shared": Case("rollouts of 16, 8 to a prompt of 64", "model.generate", 1.5, shared_prompts),
     "deletes": Case("rollouts, 30 % deletes", "the same without", 0.95, cost_of_deletes),
@@ -393,6 +417,12 @@ CASES = {
         "loop that crops its KV cache",
         20.0,
         partial(rollouts_with_deletes, peer_of=peers.crop, alone=4),
+    ),
+    "backtrack-sampler": Case(
+        "rollouts, 20 % deletes",
+        "backtrack_sampler",
+        20.0,
+        partial(rollouts_with_deletes, peer_of=peers.backtrack_sampler, alone=2),
     ),
     "shared-scoring": Case("scoring of 16, 8 to a prompt of 64", "each apart", 1.5, shared_scoring),
     "grpo": Case(

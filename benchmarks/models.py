@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -42,3 +43,8 @@ def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedMo
 def prompts(rows: int, length: int, seed: int = 1) -> Tensor:
     """Random prompts (rows, length), all different, without special tokens."""
     return torch.randint(2, DELETE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapt(model: PreTrainedModel) -> PeftModel:
+    """The model with a LoRA adapter on all its linear layers."""
+    return get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))

@@ -10,9 +10,9 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
@@ -22,13 +22,15 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.models import DELETE, EOS, PAD, VOCAB, make
+from benchmarks.models import DELETE, EOS, PAD, VOCAB, adapt, make
 from rl_backspace.corrections import Correction
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.semantics import Budget, Rules
 from rl_backspace.tasks import Task
 from rl_backspace.trainer import BackspaceGRPOTrainer
+
+PAGE = 32
 
 
 def generate(
@@ -43,6 +45,25 @@ def generate(
         prompts, attention_mask=torch.ones_like(prompts), generation_config=config, stopping_criteria=criteria
     )
     return out[:, prompts.shape[1] :]
+
+
+def generate_batch(model: PreTrainedModel, prompts: list[list[int]], answer: int) -> int:
+    """transformers' continuous batching (`generate_batch`) of the same; how many tokens came.
+
+    With pages of 32 positions and room for all prompts at once, which on CPU it does not find out for itself.
+    """
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=answer, pad_token_id=PAD, eos_token_id=-1
+    )
+    pages = -(-(len(prompts[0]) + answer) // PAGE) * len(prompts)
+    batching = ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=2 * pages,
+        max_batch_tokens=len(prompts) * len(prompts[0]),
+        max_requests_per_batch=len(prompts),
+    )
+    out = model.generate_batch(prompts, config, continuous_batching_config=batching, progress_bar=False)
+    return sum(len(one.generated_tokens) for one in out.values())
 
 
 class Lengths(StoppingCriteria):
@@ -90,6 +111,44 @@ def crop(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
         if action == DELETE:
             seen.pop()
             cache.crop(-1)
+    return trace
+
+
+def backtrack_sampler(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
+    """A trace of `actions` actions by the package of that name (`pip install backtrack_sampler`), one sequence: a token
+    that deletes is a strategy of its own there. Its last action is the end of the sequence, which nothing else is."""
+    from backtrack_sampler import BacktrackSampler
+    from backtrack_sampler.provider.transformers_provider import TransformersProvider
+    from backtrack_sampler.strategy.base_strategy import BaseStrategy
+
+    trace: list[int] = []
+
+    class DeleteToken(BaseStrategy):
+        def get_keep_index(self) -> int:
+            return 0
+
+        def on_logits(self, logits: Tensor, tokens: list[int]) -> Tensor:
+            if len(trace) + 1 == actions:
+                return torch.full_like(logits, -torch.inf).index_fill_(-1, torch.tensor(EOS), 0.0)
+            blocked = [EOS, DELETE] if not tokens else [EOS]
+            return logits.index_fill(-1, torch.tensor(blocked), -torch.inf)
+
+        def on_probs(self, probs: Tensor, tokens: list[int]) -> Tensor:
+            return probs
+
+        def on_next_token(self, tokens: list[int], probs: Tensor) -> None:
+            trace.append(tokens[-1])
+
+        def backtrack(self, tokens: list[int]) -> list[int]:
+            return tokens[:-2] if tokens[-1] == DELETE else tokens
+
+        def reset(self) -> None: ...
+
+    tokenizer = character_tokenizer()
+    provider = TransformersProvider(model, tokenizer, model.device)
+    provider.encode = lambda text, add_special_tokens=True: list(prompt)
+    for _ in BacktrackSampler(provider, DeleteToken()).generate("", top_k=0):
+        pass
     return trace
 
 
@@ -202,14 +261,13 @@ def grpo_trainer(
         generation_kwargs={"suppress_tokens": [EOS]},  # of TRL's generation; ours knows no end
         disable_tqdm=True,
     )
-    lora = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
     if ours:
-        policy = Policy(get_peft_model(model, lora), tokenizer, Rules({DELETE: "token"}, eos=frozenset()))
+        policy = Policy(adapt(model), tokenizer, Rules({DELETE: "token"}, eos=frozenset()))
         rows = [{"prompt": text, "answer": ""} for text in texts]
         budget = Budget(answer=actions, actions=actions)
         trainer: GRPOTrainer = BackspaceGRPOTrainer(policy, Task(rows, rows), budget, [low], arguments, dataset)
     else:
-        trainer = GRPOTrainer(model, low, arguments, dataset, processing_class=tokenizer, peft_config=lora)
+        trainer = GRPOTrainer(adapt(model), low, arguments, dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -20,7 +20,7 @@ from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
-from rl_backspace.fused import FusedStep
+from rl_backspace.fused import Fused
 
 REST = "bookkeeping: machines, rows, results"
 
@@ -72,8 +72,9 @@ def instrument() -> Clock:
     clock = Clock()
     watched: list[tuple[Any, str, str, bool]] = [
         (Backbone, "prefill", "prompts: one forward pass for all", True),
-        (FusedStep, "__call__", "tokens: the written-out step", True),
-        (Backbone, "decoder", "tokens: weights joined", True),
+        (Fused, "prefill", "prompts: one forward pass for all", True),
+        (Fused, "decode", "tokens: the written-out step", True),
+        (Backbone, "fastest", "tokens: weights joined", True),
         (Backbone, "decode", "tokens: the model's Python, norms, rotary embeddings", False),
         (Backbone, "logits", "choosing: output head", True),
         (Engine, "_sample", "choosing: legality, softmax, draw", False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_backspace.errors import UserError
-from rl_backspace.fused import fuse
+from rl_backspace.fused import Fused, fuse
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
 NOT_NUMBERS = (
@@ -158,9 +158,9 @@ class Backbone:
         out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state, cache
 
-    def decoder(self, capacity: int) -> Callable[[Tensor, Tensor, PointerCache], Tensor]:
-        """What `decode` does for the model as it is now and rows of up to `capacity` tokens, in the fastest way."""
-        return fuse(self.causal, capacity) or self.decode
+    def fastest(self, capacity: int) -> Backbone | Fused:
+        """What does `prefill` and `decode` fastest for the model as it is now and rows of up to `capacity` tokens."""
+        return fuse(self.causal, capacity) or self
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
@@ -302,12 +302,12 @@ def check(backbone: Backbone) -> None:
     forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
     try:
         with torch.no_grad(), evaluating(backbone.causal):
-            _, prefilled = backbone.prefill(ids[None, :2])
+            network = backbone.fastest(capacity=5)
+            _, prefilled = network.prefill(ids[None, :2])
             cache = PointerCache(prefilled, rows=1, capacity=5)
             cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
-            step = backbone.decoder(capacity=5)
             for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
-                hidden = step(token[None], torch.tensor([position], device=ids.device), cache)
+                hidden = network.decode(token[None], torch.tensor([position], device=ids.device), cache)
             rewound = backbone.logits(hidden)[0]
             beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
             beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two

@@ -128,7 +128,7 @@ class Drawn:
     illegal: list[int]
     count: int
     used: int | None
-    value: list[float] = field(default_factory=list)
+    value: Sequence[float] = ()
 
     def next(self, illegal: list[int]) -> tuple[int, float] | None:
         """The next one and its log-probability among what is legal now; None where it has to be drawn anew."""
@@ -138,7 +138,7 @@ class Drawn:
                 if token not in self.tokens:
                     return None
                 gone += math.exp(self.logprobs[self.tokens.index(token)])
-        if gone > MOST_GONE or not set(self.illegal).issubset(illegal):
+        if gone > MOST_GONE or any(token not in illegal for token in self.illegal):
             return None
         for place in range(self.used or 0, self.count):
             if (token := self.tokens[place]) not in illegal:
@@ -149,7 +149,7 @@ class Drawn:
 
 @dataclass
 class Running:
-    """A rollout that goes on; `index` is its prompt's, in the caller's order, `drawn` by where the context ends."""
+    """A rollout that goes on; `index` is its prompt's, in the caller's order, `drawn` by the context's length."""
 
     index: int
     prompt: list[int]
@@ -287,11 +287,11 @@ class Engine:
                 if action < 0:
                     row.machine.stop("stuck")
                     continue
-                if (drawn := row.drawn.get(row.pointer)) is not None:
+                if values and (drawn := row.drawn.get(len(row.machine.path))) is not None:
                     drawn.value = value
                 enters = self._act(row, action, logprob, value, on_action)
                 while enters is None and row.machine.end is None:
-                    drawn = row.drawn.get(row.pointer)
+                    drawn = row.drawn.get(len(row.machine.path))
                     found = drawn.next(row.machine.illegal()) if drawn is not None else None
                     if found is None:
                         again.append(i)
@@ -311,7 +311,7 @@ class Engine:
         row: Running,
         action: int,
         logprob: float,
-        value: list[float],
+        value: Sequence[float],
         on_action: Callable[[int, int], None] | None,
     ) -> int | None:
         """Take an action; the token that has to be fed for it."""
@@ -327,14 +327,10 @@ class Engine:
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per hidden state (n, H); action -1 where none is legal."""
         logits = self.backbone.logits(hidden)
-        places, tokens, forbidden = [], [], []
-        for n, row in enumerate(rows):
-            illegal = row.machine.illegal()
-            forbidden.append(illegal)
-            places += [n] * len(illegal)
-            tokens += illegal
-        if places:
-            logits[places, tokens] = -torch.inf
+        forbidden = [row.machine.illegal() for row in rows]
+        if any(forbidden):
+            places = [n for n, illegal in enumerate(forbidden) for _ in illegal]
+            logits[places, [token for illegal in forbidden for token in illegal]] = -torch.inf
         logprobs = wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
         if sampling.delete_bias:
             logits[:, list(self.rules.deletes)] += sampling.delete_bias
@@ -348,13 +344,12 @@ class Engine:
             typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
             actions = torch.where(actions < 0, actions, typed)
             logprobs = self.keyboard.through(logprobs)
-        chosen = logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0]
-        possible = chosen.isfinite() & (actions >= 0)
-        if not possible.all():  # a row of -inf is nan after the softmax
+        chosen, values = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
+        if not all(map(math.isfinite, values)):  # a row of -inf is nan after the softmax
             if logits.isnan().any():
                 raise UserError(NOT_NUMBERS)
-            actions = actions.masked_fill(~possible, -1)
-        return actions.tolist(), chosen.tolist()
+            chosen = [action if math.isfinite(value) else -1 for action, value in zip(chosen, values, strict=True)]
+        return chosen, values
 
     def _may_come_back(self, sampling: Sampling, rows: list[Running]) -> bool:
         """Whether deletes may bring rows back to a context, where the next action is another draw from the same
@@ -375,11 +370,10 @@ class Engine:
         """One action (n,) per row, and some more for when it comes back here, which the row keeps."""
         count, used = min(self.ahead, logprobs.shape[1]), 1 if sampling.temperature else None
         drawn = draw(logprobs, sampling, generator, count)
-        deletes = torch.tensor([list(self.rules.deletes)], device=drawn.device).expand(len(rows), -1)
-        tokens = torch.cat((drawn, deletes), 1)
+        tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
         known = logprobs.gather(1, tokens).tolist()
         for row, ids, values, illegal in zip(rows, tokens.tolist(), known, forbidden, strict=True):
-            row.drawn[row.pointer] = Drawn(ids, values, illegal, count, used)
+            row.drawn[len(row.machine.path)] = Drawn(ids, values, illegal, count, used)
         return tokens[:, 0]
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:
@@ -417,7 +411,7 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     total = cumulative[:, -1:]
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logprobs.shape[-1] - 1)
-    possible = logprobs.gather(1, chosen).isfinite()  # a parallel sum need not be monotone to the last digit
+    possible = logprobs.gather(1, chosen) > -torch.inf  # a parallel sum need not be monotone to the last digit
     return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
 
 
@@ -441,7 +435,7 @@ class _Batch:
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
         self.backbone, self.size, self.capacity = backbone, size, capacity
-        self.decode = backbone.decoder(capacity)
+        self.network = backbone.fastest(capacity)
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position
@@ -457,7 +451,7 @@ class _Batch:
         source = source.to(self.backbone.device)
         longest = max(map(len, distinct))
         ids = torch.tensor([[*context, *[context[-1]] * (longest - len(context))] for context in distinct])
-        hidden, prefilled = self.backbone.prefill(ids.to(self.backbone.device))
+        hidden, prefilled = self.network.prefill(ids.to(self.backbone.device))
         if self.cache is None or self.hidden is None:
             self.cache = PointerCache(prefilled, self.size, self.capacity)
             self.hidden = hidden.new_zeros(self.size, 0, hidden.shape[-1])
@@ -470,8 +464,9 @@ class _Batch:
     def anchors(self, indices: list[int]) -> Tensor:
         """The hidden states (n, H) that choose the next action of these rows."""
         assert self.hidden is not None
-        pointers = torch.tensor([self.rows[i].pointer - 1 for i in indices], device=self.hidden.device)
-        return self.hidden[torch.tensor(indices, device=self.hidden.device), pointers]
+        length = self.hidden.shape[1]
+        places = torch.tensor([i * length + self.rows[i].pointer - 1 for i in indices], device=self.hidden.device)
+        return self.hidden.flatten(0, 1)[places]
 
     def retire(self) -> Iterator[tuple[int, Running]]:
         """Take the finished rows out, from the last to the first; the last row moves into each gap."""
@@ -494,7 +489,7 @@ class _Batch:
         assert self.cache is not None and self.hidden is not None
         device = self.hidden.device
         pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
-        hidden = self.decode(torch.tensor(tokens, device=device), pointers, self.cache)
+        hidden = self.network.decode(torch.tensor(tokens, device=device), pointers, self.cache)
         self._grow()
         self.hidden[torch.arange(len(tokens), device=device), pointers] = hidden
         for row in self.rows:

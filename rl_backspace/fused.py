@@ -1,9 +1,9 @@
-"""The decode step of Llama-like models written out: the arithmetic of the stock layers in fewer and larger operations.
+"""Llama-like models written out: the arithmetic of the stock layers in fewer and larger operations.
 
 A small model's step on CPU is bound by the number of operations, and a LoRA adapter triples those of each linear layer.
-Here query, key and value weights are one matrix, gate and up too, and the adapter is added to them, once for all the
-steps of a run. Only for what is listed in `FAMILIES`, as it stands in transformers; everything else takes its own
-forward, to which this is equal but for rounding.
+Here query, key and value weights are one matrix, gate and up too, and the adapter and the norms' scales are multiplied
+into them, once for all the steps of a run. Only for what is listed in `FAMILIES`, as it stands in transformers;
+everything else takes its own forward, to which this is equal but for rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import DynamicCache
 
 # by name, since some of them need not be there
 FAMILIES = {
@@ -23,6 +24,7 @@ FAMILIES = {
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
+PART = 512  # tokens of prompts at once: what a layer makes of them stays in the core's own cache
 MOST_WEIGHTS = 40_000_000  # they are copied for each run; a larger model's steps save less than that takes
 Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out)."""
@@ -30,11 +32,13 @@ Affine = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class _Layer:
-    before: nn.Module  # RMSNorm
+    """One layer; the scales of its two norms are in the weights that come after them."""
+
+    epsilon: float  # of the norm before attention
     qkv: Affine
     norms: tuple[nn.Module, nn.Module] | None  # of each head's query and key
     out: Affine
-    between: nn.Module
+    epsilon_between: float  # of the norm before the MLP
     gate_up: Affine
     act: Callable[[Tensor], Tensor]
     down: Affine
@@ -44,8 +48,8 @@ class _Other(Exception):
     """A layer does something else than those that are written out here."""
 
 
-class FusedStep:
-    """Feeds one token per row, as `Backbone.decode` does. Weights are those at the time it was made.
+class Fused:
+    """Feeds tokens, as `Backbone`'s `prefill` and `decode` do. Weights are those at the time it was made.
 
     Args:
         causal: a model of `FAMILIES`, in evaluation mode.
@@ -58,15 +62,45 @@ class FusedStep:
         self.embed, self.norm, self.layers = body.embed_tokens, body.norm, layers
         self.width, self.scale = attention.head_dim, attention.scaling
         self.heads, self.groups = causal.config.num_attention_heads, causal.config.num_key_value_heads
-        positions = torch.arange(capacity, device=causal.device)[None]
-        cos, sin = body.rotary_emb(layers[0].qkv[0], positions)
+        weight = layers[0].qkv[0]
+        self.mean = weight.new_full((weight.shape[1], 1), 1 / weight.shape[1])
+        cos, sin = body.rotary_emb(weight, torch.arange(capacity, device=causal.device)[None])
         self.half = self.width // 2
         self.cos = cos[0]
         self.sin = torch.cat((-sin[0, :, : self.half], sin[0, :, self.half :]), -1)  # of x rolled by half: rotate_half
 
-    def __call__(self, ids: Tensor, pointers: Tensor, cache: Any) -> Tensor:
+    def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
+        """Hidden states (B, P, H) and keys/values of right-padded prompts (B, P)."""
+        rows, length = ids.shape
+        hidden = self.mean.new_empty(rows, length, len(self.mean))
+        sizes = (rows, self.groups, length, self.width)
+        states = [(hidden.new_empty(sizes), hidden.new_empty(sizes)) for _ in self.layers]
+        for part in torch.arange(rows).split(max(1, PART // length)):
+            where = slice(int(part[0]), int(part[-1]) + 1)
+            self._prefill(ids[where], hidden[where], [(keys[where], values[where]) for keys, values in states])
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(states):
+            cache.update(keys, values, index)
+        return hidden, cache
+
+    def _prefill(self, ids: Tensor, out: Tensor, states: list[tuple[Tensor, Tensor]]) -> None:
+        rows, length = ids.shape
+        cos, sin = self.cos[:length, None], self.sin[:length, None]
+        hidden = self.embed(ids).reshape(rows * length, -1)
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            turned, value = self._project(layer, hidden, (rows, length), cos, sin)
+            query, key = turned.transpose(1, 2).split([self.heads, self.groups], 1)
+            keys.copy_(key)
+            values.copy_(value.transpose(1, 2))
+            seen = F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
+            )
+            self._finish(layer, hidden, seen.transpose(1, 2).reshape(rows * length, -1))
+        out.copy_(self.norm(hidden).view_as(out))
+
+    def decode(self, ids: Tensor, pointers: Tensor, cache: Any) -> Tensor:
         """Hidden states (n, H) of tokens (n,), written at `pointers` (n,) of the cache's first n rows."""
-        rows, groups, heads, width = len(ids), self.groups, self.heads, self.width
+        rows, groups, width = len(ids), self.groups, self.width
         length = cache.point(pointers)
         unseen = torch.arange(length, device=ids.device) > pointers[:, None]
         mask = torch.zeros(rows, length, dtype=torch.float32, device=ids.device)
@@ -78,26 +112,41 @@ class FusedStep:
 
         hidden = self.embed(ids)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
-            qkv = F.linear(layer.before(hidden), *layer.qkv).view(rows, heads + 2 * groups, width)
-            turned, value = qkv.split([heads + groups, groups], 1)
-            if layer.norms is not None:
-                query, key = turned.split([heads, groups], 1)
-                turned = torch.cat((layer.norms[0](query), layer.norms[1](key)), 1)
-            turned = torch.addcmul(turned * cos, turned.roll(self.half, -1), sin)
-            stored.keys.view(-1, width).index_copy_(0, places, turned[:, heads:].reshape(-1, width))
+            turned, value = self._project(layer, hidden, (rows,), cos, sin)
+            query, key = turned.split([self.heads, groups], 1)
+            stored.keys.view(-1, width).index_copy_(0, places, key.reshape(-1, width))
             stored.values.view(-1, width).index_copy_(0, places, value.reshape(-1, width))
             keys = stored.keys[:rows].view(rows * groups, length, width)
             values = stored.values[:rows].view(rows * groups, length, width)
-            query = turned[:, :heads].reshape(rows * groups, -1, width)
+            query = query.reshape(rows * groups, -1, width)
             seen = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=self.scale).softmax(-1)
-            hidden = hidden + F.linear(torch.bmm(seen, values).view(rows, -1), *layer.out)
-            gate, up = F.linear(layer.between(hidden), *layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(layer.act(gate) * up, *layer.down)
+            self._finish(layer, hidden, torch.bmm(seen, values).view(rows, -1))
         return self.norm(hidden)
 
+    def _project(
+        self, layer: _Layer, hidden: Tensor, shape: tuple[int, ...], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Turned queries and keys (*shape, heads + groups, width) and values (*shape, groups, width)."""
+        qkv = F.linear(self._normed(hidden, layer.epsilon), *layer.qkv).view(*shape, -1, self.width)
+        turned, value = qkv.split([self.heads + self.groups, self.groups], -2)
+        if layer.norms is not None:
+            query, key = turned.split([self.heads, self.groups], -2)
+            turned = torch.cat((layer.norms[0](query), layer.norms[1](key)), -2)
+        return torch.addcmul(turned * cos, turned.roll(self.half, -1), sin), value
 
-def fuse(causal: Any, capacity: int) -> FusedStep | None:
-    """The written-out step of a model as it is now; None where it has to run its own forward."""
+    def _finish(self, layer: _Layer, hidden: Tensor, seen: Tensor) -> None:
+        """The rest of a layer after its attention, added to the hidden states (n, H)."""
+        hidden.add_(F.linear(seen, *layer.out))
+        gate, up = F.linear(self._normed(hidden, layer.epsilon_between), *layer.gate_up).chunk(2, -1)
+        hidden.add_(F.linear(layer.act(gate).mul_(up), *layer.down))
+
+    def _normed(self, hidden: Tensor, epsilon: float) -> Tensor:
+        """RMSNorm without its scale, the mean as a product with a vector: half the time of `mean`."""
+        return hidden * (hidden * hidden).mm(self.mean).add_(epsilon).rsqrt_()
+
+
+def fuse(causal: Any, capacity: int) -> Fused | None:
+    """A model as it is now, written out; None where it has to run its own forward."""
     body = causal.base_model
     if _name(body) not in FAMILIES or causal.dtype != torch.float32 or causal.device.type != "cpu":
         return None
@@ -111,7 +160,7 @@ def fuse(causal: Any, capacity: int) -> FusedStep | None:
     if not all(_is_stock(body, part) for layer in layers for part in (layer, *layer.children())):
         return None
     try:
-        return FusedStep(causal, [_lay_out(layer) for layer in layers], capacity)
+        return Fused(causal, [_lay_out(layer) for layer in layers], capacity)
     except _Other:
         return None
 
@@ -122,13 +171,14 @@ def _name(module: nn.Module) -> tuple[str, str]:
 
 def _lay_out(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    before, between = layer.input_layernorm, layer.post_attention_layernorm
     return _Layer(
-        layer.input_layernorm,
-        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        before.variance_epsilon,
+        _joined(attention.q_proj, attention.k_proj, attention.v_proj, scale=before.weight),
         (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
         _joined(attention.o_proj),
-        layer.post_attention_layernorm,
-        _joined(mlp.gate_proj, mlp.up_proj),
+        between.variance_epsilon,
+        _joined(mlp.gate_proj, mlp.up_proj, scale=between.weight),
         mlp.act_fn,
         _joined(mlp.down_proj),
     )
@@ -140,15 +190,15 @@ def _is_stock(body: nn.Module, module: nn.Module) -> bool:
     return kind.__module__ == home and kind.forward.__module__ == home
 
 
-def _joined(*modules: nn.Module) -> Affine:
-    """Linear layers of the same input as one."""
+def _joined(*modules: nn.Module, scale: Tensor | None = None) -> Affine:
+    """Linear layers of the same input as one; the input is to be scaled (H,) before."""
     weights, biases = zip(*map(_affine, modules), strict=True)
-    if len(modules) == 1:
-        return weights[0], biases[0]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    weight = weight if scale is None else weight * scale
     if all(bias is None for bias in biases):
-        return torch.cat(weights), None
+        return weight, None
     zeros = [weight.new_zeros(len(weight)) for weight in weights]
-    return torch.cat(weights), torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
+    return weight, torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
 
 
 def _affine(module: Any) -> Affine:

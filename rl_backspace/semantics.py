@@ -24,6 +24,7 @@ Self-Backtracking (Yang et al. 2025, arXiv:2502.04404); erase/n is RLBF's "backt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -136,7 +137,7 @@ class Budget:
             if value is not None and value < least:
                 raise UserError(f"budget: got {name}={value}; expected {least} or more")
 
-    @property
+    @functools.cached_property
     def most_actions(self) -> int:
         return self.answer if self.actions is None else self.actions
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from rl_backspace import fused
 from rl_backspace.backbone import Backbone, PointerCache
 from rl_backspace.engine import GREEDY, Engine
 from rl_backspace.fused import fuse
@@ -33,23 +34,23 @@ def lora(model: Any, **overrides: Any) -> Any:
 
 
 @torch.inference_mode()
-def walk(model: Any, fused: bool) -> torch.Tensor:
-    """Hidden states of random tokens fed at random places of rows of different lengths, rows leaving on the way."""
+def walk(model: Any, written_out: bool) -> torch.Tensor:
+    """Hidden states of prompts, then of random tokens fed at random places of rows, rows leaving on the way."""
     backbone = Backbone(model)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, VOCAB, (ROWS, 6), generator=generator)
-    _, prefilled = backbone.prefill(prompts)
+    network = fuse(backbone.causal, LENGTH) if written_out else backbone
+    assert network is not None
+    hidden, prefilled = network.prefill(prompts)
     cache = PointerCache(prefilled, ROWS, LENGTH)
     cache.fill(0, prefilled, torch.arange(ROWS))
-    step = fuse(backbone.causal, LENGTH) if fused else backbone.decode
-    assert step is not None
-    lengths, out = torch.full((ROWS,), 6), []
+    lengths, out = torch.full((ROWS,), 6), [hidden.flatten(0, 1)]
     for turn in range(40):
         back = torch.randint(0, 4, (ROWS,), generator=generator)
         lengths = torch.where(torch.rand(ROWS, generator=generator) < 0.3, (lengths - back).clamp(min=3), lengths)
         rows = ROWS - (turn > 20) * 2
         tokens = torch.randint(3, VOCAB, (rows,), generator=generator)
-        out.append(step(tokens, lengths[:rows], cache))
+        out.append(network.decode(tokens, lengths[:rows], cache))
         lengths = (lengths + 1).clamp(max=LENGTH - 1)
     return torch.cat(out)
 
@@ -63,8 +64,15 @@ def test_equals_the_stock_step(family: str, adapted: bool, attention: str) -> No
         if "norm" in name or "bias" in name:
             nn.init.normal_(weight, mean=1.0, std=0.3)
     model = lora(model) if adapted else model
-    stock, ours = walk(model, fused=False), walk(model, fused=True)
+    stock, ours = walk(model, written_out=False), walk(model, written_out=True)
     assert (stock - ours).abs().max() < 1e-5 * max(1.0, stock.abs().max().item())
+
+
+def test_prompts_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(tiny("Qwen3"))
+    whole = walk(model, written_out=True)
+    monkeypatch.setattr(fused, "PART", 13)  # two of the five rows at once
+    assert (walk(model, written_out=True) - whole).abs().max() < 1e-5
 
 
 def test_biases_beside_layers_without_them_are_kept() -> None:
@@ -73,24 +81,24 @@ def test_biases_beside_layers_without_them_are_kept() -> None:
         nn.init.normal_(layer.self_attn.q_proj.bias)
         nn.init.normal_(layer.mlp.down_proj.bias)
         layer.self_attn.v_proj.bias = None
-    assert (walk(model, fused=False) - walk(model, fused=True)).abs().max() < 1e-5
+    assert (walk(model, written_out=False) - walk(model, written_out=True)).abs().max() < 1e-5
 
 
 def test_an_adapter_counts_as_it_is_now() -> None:
     model = lora(tiny())
-    with_adapter = walk(model, fused=True)
+    with_adapter = walk(model, written_out=True)
     with model.disable_adapter():
-        without = walk(model, fused=True)
-        assert (without - walk(model, fused=False)).abs().max() < 1e-5
+        without = walk(model, written_out=True)
+        assert (without - walk(model, written_out=False)).abs().max() < 1e-5
     assert (with_adapter - without).abs().max() > 0.1
     torch.manual_seed(5)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.2)
-    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
-    assert (walk(model, fused=True) - with_adapter).abs().max() > 0.1
+    assert (walk(model, written_out=True) - walk(model, written_out=False)).abs().max() < 1e-5
+    assert (walk(model, written_out=True) - with_adapter).abs().max() > 0.1
     model.merge_adapter()
-    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+    assert (walk(model, written_out=True) - walk(model, written_out=False)).abs().max() < 1e-5
 
 
 def test_what_is_not_stock_runs_its_own_forward() -> None:
@@ -129,7 +137,7 @@ def test_a_part_of_ones_own_is_heard_even_after_the_check() -> None:
 def test_a_model_cut_short_is_the_cut_model() -> None:
     model = tiny()
     model.config.num_hidden_layers = 1
-    assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+    assert (walk(model, written_out=True) - walk(model, written_out=False)).abs().max() < 1e-5
 
 
 def test_a_merged_adapter_that_is_disabled_is_taken_out() -> None:
@@ -146,7 +154,7 @@ def test_another_default_dtype_changes_nothing() -> None:
     model = tiny()
     torch.set_default_dtype(torch.float64)
     try:
-        assert (walk(model, fused=True) - walk(model, fused=False)).abs().max() < 1e-5
+        assert (walk(model, written_out=True) - walk(model, written_out=False)).abs().max() < 1e-5
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -15,7 +15,7 @@ import pytest
 
 from rl_backspace.errors import UserError
 from rl_backspace.plugins import load_task
-from rl_backspace.tasks import Row, Task, arithmetic, countdown, data, signs, split_of, sudoku, typos
+from rl_backspace.tasks import Row, Task, arithmetic, countdown, data, graph, signs, split_of, sudoku, typos
 from rl_backspace.tasks.countdown import reachable
 
 MAKERS: dict[str, Callable[..., Task]] = {
@@ -23,6 +23,7 @@ MAKERS: dict[str, Callable[..., Task]] = {
     "arithmetic": lambda **kwargs: arithmetic(digits=2, train=300, test=60, **kwargs),
     "countdown": lambda **kwargs: countdown(count=3, train=300, test=60, **kwargs),
     "sudoku": lambda **kwargs: sudoku(givens=5, train=300, test=60, **kwargs),
+    "graph": lambda **kwargs: graph(arms=3, length=3, train=300, test=60, **kwargs),
     "typos": lambda **kwargs: typos(length=5, train=300, test=60, **kwargs),
 }
 
@@ -292,6 +293,25 @@ def test_sudoku_accepts_all_grids_that_fit_and_no_others() -> None:
             agrees(task, row, right, {*every, *beginnings(set(some)), *wrong, *slashes})
             several.add(len(right) > 1)
     assert several == {True, False}
+
+
+def test_graph_asks_for_the_one_way_that_its_edges_allow() -> None:
+    task, places = graph(arms=3, length=3, train=200, test=10), set()
+    for row in [*task.train, *task.test]:
+        *edges, query = row["prompt"].removesuffix(":").split(" ")
+        middle, goal = query.split(">")
+        after: dict[str, list[str]] = defaultdict(list)
+        for start, end in edges:
+            after[start].append(end)
+        assert len(edges) == 9 and len(after[middle]) == 3
+        ways = [""]
+        for _ in range(3):
+            ways = [way + node for way in ways for node in after[way[-1:] or middle]]
+        right = {way for way in ways if way.endswith(goal)}
+        assert right == {row["answer"]}
+        agrees(task, row, right, {*ways, *beginnings(set(ways)), goal, middle + row["answer"]})
+        places.add(edges.index(middle + row["answer"][0]))
+    assert places == set(range(9))  # nothing in the order of the edges tells the way
 
 
 SLASHES: list[Callable[[str], str]] = [

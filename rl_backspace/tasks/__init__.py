@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rl_backspace.tasks.arithmetic import arithmetic
 from rl_backspace.tasks.countdown import countdown
 from rl_backspace.tasks.data import data
+from rl_backspace.tasks.graph import graph
 from rl_backspace.tasks.signs import signs
 from rl_backspace.tasks.sudoku import sudoku
 from rl_backspace.tasks.task import Row, Task, split_of
@@ -20,8 +21,9 @@ BUNDLED: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "countdown": countdown,
     "sudoku": sudoku,
+    "graph": graph,
     "typos": typos,
     "data": data,
 }
 
-__all__ = ["BUNDLED", "Row", "Task", "arithmetic", "countdown", "data", "signs", "split_of", "sudoku", "typos"]
+__all__ = ["BUNDLED", "Row", "Task", "arithmetic", "countdown", "data", "graph", "signs", "split_of", "sudoku", "typos"]
