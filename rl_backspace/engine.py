@@ -331,20 +331,20 @@ class Engine:
         if any(forbidden):
             places = [n for n, illegal in enumerate(forbidden) for _ in illegal]
             logits[places, [token for illegal in forbidden for token in illegal]] = -torch.inf
-        logprobs = wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+        logprobs = wanted = _log_softmax(logits, sampling)
         if sampling.delete_bias:
             logits[:, list(self.rules.deletes)] += sampling.delete_bias
             if not sampling.by_logits:
-                wanted = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+                wanted = _log_softmax(logits, sampling)
         if self._may_come_back(sampling, rows):
-            actions = self._draw_ahead(logprobs, rows, forbidden, sampling, generator)
+            chosen, values = self._draw_ahead(logprobs, rows, forbidden, sampling, generator)
         else:
             actions = sampling.choose(logits, wanted, rows, generator)
-        if self.keyboard is not None:
-            typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
-            actions = torch.where(actions < 0, actions, typed)
-            logprobs = self.keyboard.through(logprobs)
-        chosen, values = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
+            if self.keyboard is not None:
+                typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
+                actions = torch.where(actions < 0, actions, typed)
+                logprobs = self.keyboard.through(logprobs)
+            chosen, values = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, values)):  # a row of -inf is nan after the softmax
             if logits.isnan().any():
                 raise UserError(NOT_NUMBERS)
@@ -366,15 +366,15 @@ class Engine:
         forbidden: list[list[int]],
         sampling: Sampling,
         generator: torch.Generator | None,
-    ) -> Tensor:
-        """One action (n,) per row, and some more for when it comes back here, which the row keeps."""
+    ) -> tuple[list[int], list[float]]:
+        """One action and its log-probability per row, and some more for when it comes back, which the row keeps."""
         count, used = min(self.ahead, logprobs.shape[1]), 1 if sampling.temperature else None
         drawn = draw(logprobs, sampling, generator, count)
         tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
-        known = logprobs.gather(1, tokens).tolist()
-        for row, ids, values, illegal in zip(rows, tokens.tolist(), known, forbidden, strict=True):
+        known, chosen = logprobs.gather(1, tokens).tolist(), tokens.tolist()
+        for row, ids, values, illegal in zip(rows, chosen, known, forbidden, strict=True):
             row.drawn[len(row.machine.path)] = Drawn(ids, values, illegal, count, used)
-        return tokens[:, 0]
+        return [ids[0] for ids in chosen], [values[0] for values in known]
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:
         """Longest context in tokens that these prompts can grow to; raises UserError if the model has no room."""
@@ -398,6 +398,11 @@ class Engine:
         actions; less than 1 for none."""
         left = self.backbone.max_length - max(map(len, prompts), default=1)
         return {"erase": left, "hint": (left - 1) // 2, "keep": left // ACTIONS_PER_TOKEN}[self.rules.memory]
+
+
+def _log_softmax(logits: Tensor, sampling: Sampling) -> Tensor:
+    """At the sampling temperature, greedy decoding's being 1."""
+    return torch.log_softmax(logits if sampling.temperature in (0, 1) else logits / sampling.temperature, dim=-1)
 
 
 def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None, count: int = 1) -> Tensor:
@@ -439,6 +444,7 @@ class _Batch:
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position
+        self.fed: Tensor | None = None  # (n, H): of the tokens that were fed last, if no row has moved since
 
     def admit(self, waiting: list[Running]) -> None:
         """Move waiting rows into free places; each distinct context is computed once."""
@@ -460,10 +466,14 @@ class _Batch:
         self._grow()
         self.hidden[first : first + len(new), :longest] = hidden[source]
         self.rows += new
+        self.fed = None
 
     def anchors(self, indices: list[int]) -> Tensor:
         """The hidden states (n, H) that choose the next action of these rows."""
         assert self.hidden is not None
+        fed, self.fed = self.fed, None
+        if fed is not None and len(indices) == len(fed):
+            return fed
         length = self.hidden.shape[1]
         places = torch.tensor([i * length + self.rows[i].pointer - 1 for i in indices], device=self.hidden.device)
         return self.hidden.flatten(0, 1)[places]
@@ -490,8 +500,10 @@ class _Batch:
         device = self.hidden.device
         pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
         hidden = self.network.decode(torch.tensor(tokens, device=device), pointers, self.cache)
+        self.fed = hidden.to(self.hidden.dtype)  # under autocast they differ
         self._grow()
-        self.hidden[torch.arange(len(tokens), device=device), pointers] = hidden
+        places = torch.arange(len(tokens), device=device) * self.hidden.shape[1] + pointers
+        self.hidden.flatten(0, 1).index_copy_(0, places, self.fed)
         for row in self.rows:
             row.forward_passes += 1
 

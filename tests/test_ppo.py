@@ -9,7 +9,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from test_trainer import ANSWER, config, dataset, deleter, task
+from test_trainer import ANSWER, BF16_GAP, config, dataset, deleter, task
 from trl import GRPOTrainer
 
 from rl_backspace.backbone import causal_lm
@@ -262,7 +262,7 @@ def test_explained_variance() -> None:
     [
         {},
         {"gradient_accumulation_steps": 2, "num_iterations": 2, "steps_per_generation": 4, "max_steps": 8},
-        {"bf16": True, "use_cpu": True, "seed": 2},
+        {"bf16": True, "use_cpu": True},
         {"gradient_checkpointing": True},
         {"beta": 0.1},
     ],
@@ -278,7 +278,7 @@ def test_it_trains_policy_and_critic_and_scores_what_it_sampled(
     assert deleter.critic is not None and deleter.critic.weight.any()
     for kind in ("lora", "trainable_tokens"):
         assert any(not torch.equal(p, before[name]) for name, p in after.items() if kind in name)
-    assert trainer.deletes > 10 and trainer.logp_gap_max < (0.05 if fields.get("bf16") else 1e-4)
+    assert trainer.deletes > 10 and trainer.logp_gap_max < (BF16_GAP if fields.get("bf16") else 1e-4)
     logged = trainer.state.log_history[0]
     for key in ("value_loss", "value_clipped", "explained_variance", "rewards/price/mean", "reward", "logp_gap_max"):
         assert isinstance(logged[key], float)
