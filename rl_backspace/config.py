@@ -160,9 +160,12 @@ class MixedTask(Plugin):
 
 
 class PretrainConfig(Strict):
-    """A base model from nothing, for experiments without a hub."""
+    """A base model from nothing, for experiments without a hub, or on from another one."""
 
     tasks: list[MixedTask] = Field(min_length=1, description="task blocks, each with a weight in the mixture")
+    model: str | None = Field(
+        default=None, description="embedded model or path to go on from; its shape is kept, those below are ignored"
+    )
     seed: Seed = 0
     vocab_size: PositiveInt = Field(default=128, description="embedding rows; what the tokenizer leaves are spare")
     width: PositiveInt = 128

@@ -1,6 +1,7 @@
 """A base model from nothing: a character tokenizer with spare rows and a small Llama, trained on task answers.
 
-`rl-backspace pretrain experiments/base.yaml` made the embedded model `arith-1m`; anyone can run it again.
+`rl-backspace pretrain experiments/base.yaml` made the embedded model `arith-1m`; anyone can run it again. A file that
+names a `model` goes on from that one instead.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_backspace.config import PretrainConfig
 from rl_backspace.plugins import load_task
+from rl_backspace.policy import load_base
 from rl_backspace.tasks import Row
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
@@ -49,13 +51,9 @@ def batch(rows: list[Row], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def pretrain(config: PretrainConfig, out: Path) -> None:
-    """Train and save; prints the loss every hundred steps."""
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
+def _new(config: PretrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A small Llama with random weights, and its tokenizer."""
     tokenizer = character_tokenizer()
-    rows = [load_task(task.model_dump(exclude={"weight"}), config.seed).train for task in config.tasks]
-    weights = [task.weight for task in config.tasks]
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -70,6 +68,17 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
             bos_token_id=None,
         )
     )
+    return model, tokenizer
+
+
+def pretrain(config: PretrainConfig, out: Path) -> None:
+    """Train and save; prints the loss every hundred steps."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    rows = [load_task(task.model_dump(exclude={"weight"}), config.seed).train for task in config.tasks]
+    weights = [task.weight for task in config.tasks]
+    model, tokenizer = _new(config) if config.model is None else load_base(config.model)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05

@@ -15,7 +15,7 @@ import pytest
 
 from rl_backspace.errors import UserError
 from rl_backspace.plugins import load_task
-from rl_backspace.tasks import Row, Task, arithmetic, countdown, data, graph, signs, split_of, sudoku, typos
+from rl_backspace.tasks import Row, Task, arithmetic, countdown, data, games, graph, signs, split_of, sudoku, typos
 from rl_backspace.tasks.countdown import reachable
 
 MAKERS: dict[str, Callable[..., Task]] = {
@@ -23,6 +23,7 @@ MAKERS: dict[str, Callable[..., Task]] = {
     "arithmetic": lambda **kwargs: arithmetic(digits=2, train=300, test=60, **kwargs),
     "countdown": lambda **kwargs: countdown(count=3, train=300, test=60, **kwargs),
     "sudoku": lambda **kwargs: sudoku(givens=5, train=300, test=60, **kwargs),
+    "games": lambda **kwargs: games(count=3, train=300, test=60, **kwargs),
     "graph": lambda **kwargs: graph(arms=3, length=3, train=300, test=60, **kwargs),
     "typos": lambda **kwargs: typos(length=5, train=300, test=60, **kwargs),
 }
@@ -209,6 +210,25 @@ def test_countdown_agrees_with_spelling_everything_out(count: int, high: int, li
         agrees(task, row, right, {"", "x", *near, *beginnings({near[0]}), *wrong, *zeros, *spaces, *commas})
         hopeless = {**row, "target": min(set(range(1, limit + 2)) - set(found))}
         agrees(task, hopeless, set(), {"", near[0]})
+
+
+def test_games_are_by_the_rules_and_miss_the_target_where_the_first_step_does() -> None:
+    rows = games(train=300, test=1).train
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in countdown(train=300, test=1).train]
+    task, hit = countdown(train=1, test=1), 0
+    for row in rows:
+        first, last = row["answer"].split(",")
+        left = Counter(map(str, row["numbers"]))
+        for step in (first, last):
+            sum_, result = step.split("=")
+            a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)", sum_).groups()  # type: ignore[union-attr]
+            assert Fraction(eval(f"{a}{sign}{b}")) == int(result)
+            left.subtract([a, b])
+            assert min(left.values()) >= 0
+            left[result] += 1
+        assert task.correct(row, row["answer"]) == task.alive(row, first + ",") == (int(result) == row["target"])
+        hit += int(result) == row["target"]
+    assert 30 < hit < 200  # most first steps cannot reach it
 
 
 def test_countdown_asks_for_every_target_that_can_be_reached() -> None:

@@ -8,7 +8,7 @@ task: {fn: "my_task.py:make", size: 3}                        your own function
 from collections.abc import Callable
 
 from rl_backspace.tasks.arithmetic import arithmetic
-from rl_backspace.tasks.countdown import countdown
+from rl_backspace.tasks.countdown import countdown, games
 from rl_backspace.tasks.data import data
 from rl_backspace.tasks.graph import graph
 from rl_backspace.tasks.signs import signs
@@ -20,10 +20,24 @@ BUNDLED: dict[str, Callable[..., Task]] = {
     "signs": signs,
     "arithmetic": arithmetic,
     "countdown": countdown,
+    "games": games,
     "sudoku": sudoku,
     "graph": graph,
     "typos": typos,
     "data": data,
 }
 
-__all__ = ["BUNDLED", "Row", "Task", "arithmetic", "countdown", "data", "graph", "signs", "split_of", "sudoku", "typos"]
+__all__ = [
+    "BUNDLED",
+    "Row",
+    "Task",
+    "arithmetic",
+    "countdown",
+    "data",
+    "games",
+    "graph",
+    "signs",
+    "split_of",
+    "sudoku",
+    "typos",
+]

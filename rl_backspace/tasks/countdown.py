@@ -15,6 +15,42 @@ Numbers = tuple[int, ...]
 """What is left to combine, in order of size."""
 
 
+def games(
+    count: int = 3,
+    low: int = 1,
+    high: int = 30,
+    limit: int = 99,
+    train: int = 20_000,
+    test: int = 1024,
+    seed: int = 0,
+) -> Task:
+    """The same prompts, and any steps by the rules, until one number is left; the target only if it happens to be.
+
+    For `pretrain`: the last step reaches the target if it can, those before it are drawn from all that are allowed. A
+    model that has only seen games that reach the target writes it behind its last step whether that is true or not.
+    """
+    task = countdown(count, low, high, limit, train, test, seed)
+    rng = random.Random(seed)
+
+    def complete(row: Row, text: str, rng: random.Random) -> str | None:
+        *done, begun = text.split(",")
+        numbers = _after(tuple(row["numbers"]), done, row["limit"])
+        rest = None if numbers is None else _play(numbers, row["target"], row["limit"], rng, begun)
+        return None if rest is None else ",".join([*done, *rest])
+
+    def legal(row: Row, text: str) -> bool:
+        numbers = _after(tuple(row["numbers"]), text.split(","), row["limit"])
+        return numbers is not None and len(numbers) == 1
+
+    def playable(row: Row, text: str) -> bool:
+        return complete(row, text, random.Random(0)) is not None
+
+    def played(rows: list[Row]) -> list[Row]:
+        return [{**row, "answer": complete(row, "", rng)} for row in rows]
+
+    return Task(played(task.train), played(task.test), correct=legal, alive=playable, complete=complete)
+
+
 def countdown(
     count: int = 3,
     low: int = 1,
@@ -147,3 +183,17 @@ def _solve(numbers: Numbers, target: int, limit: int, rng: random.Random, begun:
         step, numbers = rng.choice(ways)
         taken.append(step)
     return taken if numbers == (target,) else None
+
+
+def _play(numbers: Numbers, target: int, limit: int, rng: random.Random, begun: str = "") -> list[str] | None:
+    """Random steps, the first of which is begun already, until one number is left; the last one hits the target if it
+    can. None where the rules allow no step."""
+    taken: list[str] = []
+    while len(numbers) > 1:
+        ways = [way for way in _steps(numbers, limit).items() if way[0].startswith("" if taken else begun)]
+        hits = [(step, rest) for step, rest in ways if rest == (target,)]
+        if not ways:
+            return None
+        step, numbers = rng.choice(hits or ways)
+        taken.append(step)
+    return None if begun and not taken else taken

@@ -1,0 +1,36 @@
+"""Base models from nothing, and on from one that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_backspace.config import PretrainConfig, parse_pretrain
+from rl_backspace.errors import UserError
+from rl_backspace.policy import load_base
+from rl_backspace.pretrain import pretrain
+
+
+def config(**fields: object) -> PretrainConfig:
+    tasks = [{"fn": "signs", "count": 3, "train": 50, "test": 1}]
+    return parse_pretrain({"tasks": tasks, "width": 16, "layers": 1, "heads": 2, "batch": 8, **fields})
+
+
+def test_it_learns_and_goes_on_from_what_was_learned(tmp_path: Path) -> None:
+    pretrain(config(steps=300), tmp_path / "first")
+    pretrain(config(steps=1, model=str(tmp_path / "first"), layers=7, learning_rate=1e-6), tmp_path / "second")
+    (first, tokenizer), (second, _) = load_base(str(tmp_path / "first")), load_base(str(tmp_path / "second"))
+    assert second.config.num_hidden_layers == 1
+    gaps = [(a - b).abs().max().item() for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    assert 0 < max(gaps) < 1e-4
+    prompt = tokenizer("1 2 3=6:", return_tensors="pt")
+    with torch.no_grad():
+        chances = second(**prompt).logits[0, -1].softmax(-1)
+    assert chances[tokenizer("+-").input_ids].sum() > 0.9
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^model: 'arith-2m' is no folder; did you mean 'arith-1m'"):
+        pretrain(config(steps=1, model="arith-2m"), tmp_path / "out")
