@@ -32,5 +32,5 @@ def test_it_learns_and_goes_on_from_what_was_learned(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^model: 'arith-2m' is no folder; did you mean 'arith-1m'"):
+    with pytest.raises(UserError, match=r"^model: .arith-2m. is no folder; did you mean"):
         pretrain(config(steps=1, model="arith-2m"), tmp_path / "out")
