@@ -62,16 +62,18 @@ class Warmup(Strict):
     """Correction warm-up: supervised, before RL, which never discovers a fresh token."""
 
     steps: Annotated[int, Field(ge=0)] = Field(default=1000, description="optimizer steps; 0: none")
-    group: PositiveInt = Field(default=4, description="corrections made of each prompt, which share its computation")
+    group: PositiveInt = Field(
+        default=1, description="corrections made of each prompt; more share its computation, and teach fewer prompts"
+    )
     sources: dict[Source, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        default={"random": 1.0, "samples": 1.0, "rollouts": 1.0},
+        default={"random": 1.0, "samples": 1.0},
         description="where errors come from, with weights: random, early, samples, uncertain, rollouts",
     )
     labels: Literal["prefixes", "answers"] = Field(
         default="prefixes",
         description="what tells an error: the task's own check of prefixes, or the reference answers alone",
     )
-    clean: Share = Field(default=0.5, description="share of examples without an error")
+    clean: Share = Field(default=0.3, description="share of examples without an error")
     errors: PositiveInt = Field(default=2, description="most errors in one example")
     late: Annotated[int, Field(ge=0)] = Field(default=2, description="most tokens typed before an error is noticed")
     temperature: float = Field(
@@ -82,7 +84,7 @@ class Warmup(Strict):
         default=100, description="steps after which the model is asked again for errors, and delete measured"
     )
     beta: float = Field(
-        default=0.3,
+        default=0.0,
         ge=0,
         allow_inf_nan=False,
         description="weight of the KL term that keeps what is typed, deletes apart, near the base model's",
@@ -137,7 +139,7 @@ class Config(Strict):
 
     name: Annotated[str, AfterValidator(is_name)] = Field(description="the run's folder is runs/<name>")
     model: str = Field(
-        description="embedded (arith-1m, puzzles-1m), a hub id, a path, or a run (with {seed}) to go on from"
+        description="embedded (arith-1m, puzzles-1m, graphs-1m), a hub id, a path, or a run (with {seed}) to go on from"
     )
     task: Plugin
     rewards: dict[str, Reward] = Field(min_length=1)
