@@ -139,7 +139,7 @@ class Config(Strict):
 
     name: Annotated[str, AfterValidator(is_name)] = Field(description="the run's folder is runs/<name>")
     model: str = Field(
-        description="embedded (arith-1m, puzzles-1m, graphs-1m), a hub id, a path, or a run (with {seed}) to go on from"
+        description="an embedded model (arith-1m, ...), a hub id, a path, or a run (with {seed}) to go on from"
     )
     task: Plugin
     rewards: dict[str, Reward] = Field(min_length=1)

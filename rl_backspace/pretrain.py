@@ -1,7 +1,7 @@
 """A base model from nothing: a character tokenizer with spare rows and a small Llama, trained on task answers.
 
-`rl-backspace pretrain experiments/base.yaml` made the embedded model `arith-1m`; anyone can run it again. A file that
-names a `model` goes on from that one instead.
+`rl-backspace pretrain experiments/bases/arith-1m.yaml OUT` made the embedded model of that name; anyone can run it
+again. A file that names a `model` goes on from that one instead.
 """
 
 from __future__ import annotations

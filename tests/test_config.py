@@ -36,7 +36,7 @@ def problems(**changes: Any) -> list[str]:
 
 
 def test_the_shipped_experiments_parse() -> None:
-    found = sorted(EXPERIMENTS.glob("*.yaml"))
+    found = sorted([*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("bases/*.yaml")])
     assert found
     for path in found:
         raw = read_yaml(path)
