@@ -180,27 +180,25 @@ def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) ->
 
 
 def cost_of_deletes(setting: Setting, share: float = 0.3, batches: int = 4) -> tuple[Side, Side]:
-    """Rollouts of which `share` of the actions are deletes, against the same with deletes blocked: non-delete actions
-    per second, about as many in a row on either side. There are more prompts than places, as in training, so that rows
-    that end early leave none empty."""
+    """Rollouts of which `share` of the actions are deletes, against rollouts without that type as many tokens, row by
+    row: non-delete actions per second. There are more prompts than places, as in training."""
     prompts = models.prompts(batches * setting.batch, setting.prompt).tolist()
-    typed = round(setting.actions * (1 - share))
+    budget = Budget(answer=setting.actions, actions=setting.actions)
+    deleting = Engine(models.make(setting.size, share, setting.context), RULES, rows=setting.batch)
+    typing = Engine(models.make(setting.size, 0.0, setting.context), RULES, rows=setting.batch)
 
-    def side(deletes: float, budget: Budget) -> Side:
-        model = models.make(setting.size, deletes, setting.context)
-        engine = Engine(model, RULES, rows=setting.batch)
+    def ours() -> int:
+        return sum(len(rollout.actions) - rollout.deletes for rollout in deleting.run(prompts, budget))
 
-        def run() -> int:
-            rollouts = engine.run(prompts, budget)
-            actions, pressed = sum(len(r.actions) for r in rollouts), sum(r.deletes for r in rollouts)
-            expect(abs(pressed / actions - deletes) < 0.05, f"{deletes:.0%} of the actions are deletes")
-            return actions - pressed
+    rollouts = deleting.run(prompts, budget)
+    pressed = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
+    expect(abs(pressed - share) < 0.05, f"{share:.0%} of the actions are deletes (got {pressed:.0%})")
+    typed = Until(lengths=tuple(len(rollout.actions) - rollout.deletes for rollout in rollouts))
 
-        return run
+    def peer() -> int:
+        return sum(len(rollout.visible) for rollout in typing.run(prompts, Budget(setting.actions, deletes=0), typed))
 
-    ours = side(share, Budget(answer=setting.actions, actions=setting.actions))
-    peer = side(0.0, Budget(answer=typed, deletes=0))
-    expect(abs(ours() / peer() - 1) < 0.1, "both sides type about as much")
+    expect(abs(ours() / peer() - 1) < 0.05, "both sides type about as much")
     return ours, peer
 
 

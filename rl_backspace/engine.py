@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +148,27 @@ class Drawn:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What one step drew ahead in the contexts of its rows, to be taken out row by row: most are never asked for.
+
+    Attributes:
+        tokens, logprobs: (n, count + deletes), as in `Drawn`.
+        illegal, values: for each row; no values without a critic.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    illegal: list[list[int]]
+    count: int
+    used: int | None
+    values: list[float]
+
+    def of(self, row: int) -> Drawn:
+        ids, logprobs, value = self.tokens[row].tolist(), self.logprobs[row].tolist(), self.values[row : row + 1]
+        return Drawn(ids, logprobs, self.illegal[row], self.count, self.used, value)
+
+
 @dataclass
 class Running:
     """A rollout that goes on; `index` is its prompt's, in the caller's order, `drawn` by the context's length."""
@@ -157,7 +179,16 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     forward_passes: int = 1
-    drawn: dict[int, Drawn] = field(default_factory=dict)
+    drawn: dict[int, Drawn | tuple[Ahead, int]] = field(default_factory=dict)
+
+    def recall(self) -> Drawn | None:
+        """What was drawn ahead in the present context."""
+        here = len(self.machine.path)
+        found = self.drawn.get(here)
+        if isinstance(found, tuple):
+            step, row = found
+            found = self.drawn[here] = step.of(row)
+        return found
 
     @property
     def pointer(self) -> int:
@@ -279,19 +310,17 @@ class Engine:
         acting = [i for i, row in enumerate(batch.rows) if row.machine.end is None]  # some ended before they began
         while acting:
             hidden = batch.anchors(acting)
-            actions, logprobs = self._sample(hidden, [batch.rows[i] for i in acting], sampling, generator)
             values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
+            actions, logprobs = self._sample(hidden, values, [batch.rows[i] for i in acting], sampling, generator)
             again, going = [], []
             for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
                 row, value = batch.rows[i], values[n : n + 1]
                 if action < 0:
                     row.machine.stop("stuck")
                     continue
-                if values and (drawn := row.drawn.get(len(row.machine.path))) is not None:
-                    drawn.value = value
                 enters = self._act(row, action, logprob, value, on_action)
                 while enters is None and row.machine.end is None:
-                    drawn = row.drawn.get(len(row.machine.path))
+                    drawn = row.recall()
                     found = drawn.next(row.machine.illegal()) if drawn is not None else None
                     if found is None:
                         again.append(i)
@@ -323,9 +352,15 @@ class Engine:
         return enters
 
     def _sample(
-        self, hidden: Tensor, rows: list[Running], sampling: Sampling, generator: torch.Generator | None
+        self,
+        hidden: Tensor,
+        values: list[float],
+        rows: list[Running],
+        sampling: Sampling,
+        generator: torch.Generator | None,
     ) -> tuple[list[int], list[float]]:
-        """One action and its log-probability per hidden state (n, H); action -1 where none is legal."""
+        """One action and its log-probability per hidden state (n, H), whose values are the critic's, if there is one;
+        action -1 where none is legal."""
         logits = self.backbone.logits(hidden)
         forbidden = [row.machine.illegal() for row in rows]
         if any(forbidden):
@@ -337,19 +372,19 @@ class Engine:
             if not sampling.by_logits:
                 wanted = _log_softmax(logits, sampling)
         if self._may_come_back(sampling, rows):
-            chosen, values = self._draw_ahead(logprobs, rows, forbidden, sampling, generator)
+            chosen, known = self._draw_ahead(logprobs, values, rows, forbidden, sampling, generator)
         else:
             actions = sampling.choose(logits, wanted, rows, generator)
             if self.keyboard is not None:
                 typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
                 actions = torch.where(actions < 0, actions, typed)
                 logprobs = self.keyboard.through(logprobs)
-            chosen, values = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
-        if not all(map(math.isfinite, values)):  # a row of -inf is nan after the softmax
+            chosen, known = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
+        if not all(map(math.isfinite, known)):  # a row of -inf is nan after the softmax
             if logits.isnan().any():
                 raise UserError(NOT_NUMBERS)
-            chosen = [action if math.isfinite(value) else -1 for action, value in zip(chosen, values, strict=True)]
-        return chosen, values
+            chosen = [action if math.isfinite(logprob) else -1 for action, logprob in zip(chosen, known, strict=True)]
+        return chosen, known
 
     def _may_come_back(self, sampling: Sampling, rows: list[Running]) -> bool:
         """Whether deletes may bring rows back to a context, where the next action is another draw from the same
@@ -362,6 +397,7 @@ class Engine:
     def _draw_ahead(
         self,
         logprobs: Tensor,
+        values: list[float],
         rows: list[Running],
         forbidden: list[list[int]],
         sampling: Sampling,
@@ -371,10 +407,11 @@ class Engine:
         count, used = min(self.ahead, logprobs.shape[1]), 1 if sampling.temperature else None
         drawn = draw(logprobs, sampling, generator, count)
         tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
-        known, chosen = logprobs.gather(1, tokens).tolist(), tokens.tolist()
-        for row, ids, values, illegal in zip(rows, chosen, known, forbidden, strict=True):
-            row.drawn[len(row.machine.path)] = Drawn(ids, values, illegal, count, used)
-        return [ids[0] for ids in chosen], [values[0] for values in known]
+        known = logprobs.gather(1, tokens).cpu().numpy()
+        step = Ahead(tokens.cpu().numpy(), known, forbidden, count, used, values)
+        for n, row in enumerate(rows):
+            row.drawn[len(row.machine.path)] = step, n
+        return step.tokens[:, 0].tolist(), known[:, 0].tolist()
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:
         """Longest context in tokens that these prompts can grow to; raises UserError if the model has no room."""
