@@ -22,6 +22,7 @@ from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rule
 
 AHEAD = 8  # actions drawn at once where deletes may come back to a context: another pass costs more than drawing more
 MOST_GONE = 0.95  # of the probability: then what is left is too little to be told exactly from what is gone
+LARGE, SPAN = 1024, 256  # tokens: a vocabulary from which on it is drawn in two stages, and the first one's
 COLDEST = 1e-6  # below it, logits that are divided by the temperature overflow
 
 
@@ -448,13 +449,34 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     if sampling.temperature == 0:
         return logprobs.topk(count).indices if count > 1 else logprobs.argmax(-1, keepdim=True)
     logprobs = _truncate(logprobs, sampling)
-    # one random number per row, where a noise per token would cost more; double, so that rounding adds no mass
-    cumulative = logprobs.double().exp().cumsum(-1)
-    total = cumulative[:, -1:]
+    # one random number per draw, where a noise per token would cost more
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
-    chosen = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logprobs.shape[-1] - 1)
+    chosen = _invert(logprobs, uniform)
     possible = logprobs.gather(1, chosen) > -torch.inf  # a parallel sum need not be monotone to the last digit
     return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
+
+
+def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """The tokens (n, count) at which the cumulative distributions of log-probabilities (n, V) pass numbers (n, count)
+    of [0, 1); in double, so that rounding adds no mass."""
+    vocabulary = logprobs.shape[-1]
+    if vocabulary <= LARGE:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        return found.clamp(max=vocabulary - 1)
+    # first the span of tokens, then the token in it: to sum up all of them takes several times as long
+    probabilities, whole = logprobs.exp(), vocabulary // SPAN * SPAN
+    masses = probabilities[:, :whole].unflatten(1, (-1, SPAN)).sum(-1)
+    ends = torch.cat((masses, probabilities[:, whole:].sum(-1, keepdim=True)), 1).double().cumsum(-1)
+    wanted = uniform * ends[:, -1:]
+    span = torch.searchsorted(ends, wanted, right=True).clamp(max=ends.shape[1] - 1)
+    before, after = nn.functional.pad(ends, (1, 0)).gather(1, span), ends.gather(1, span)
+    places = span[:, :, None] * SPAN + torch.arange(SPAN, device=span.device)
+    inside = probabilities.gather(1, places.clamp(max=vocabulary - 1).flatten(1)).view(places.shape).double()
+    inside = inside.masked_fill(places >= vocabulary, 0.0).cumsum(-1)
+    share = ((wanted - before) / (after - before))[:, :, None] * inside[:, :, -1:]
+    found = torch.searchsorted(inside, share, right=True)[:, :, 0]
+    return (span * SPAN + found).clamp(max=vocabulary - 1)
 
 
 def _truncate(logprobs: Tensor, sampling: Sampling) -> Tensor:

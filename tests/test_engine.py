@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
 
-from rl_backspace.engine import GREEDY, Drawn, Engine, Sampling, draw
+from rl_backspace.engine import GREEDY, LARGE, Drawn, Engine, Sampling, _invert, draw
 from rl_backspace.errors import UserError
 from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Rules, replay
@@ -187,6 +187,23 @@ def test_a_diverged_policy_is_named_not_called_stuck() -> None:
         model.get_input_embeddings().weight.fill_(torch.nan)
     with pytest.raises(UserError, match="diverged"):
         engine.run([[3, 4]], Budget(5))
+
+
+@pytest.mark.parametrize("vocabulary", [LARGE, LARGE + 1, 5 * LARGE, 5 * LARGE + 77])
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one(vocabulary: int) -> None:
+    """The same tokens for the same random numbers, those at the ends included; -inf is never drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(3, vocabulary, generator=generator)
+    logits[:, 300:1000] = logits[1, :2000] = logits[2, -1500:] = -torch.inf
+    logprobs = logits.log_softmax(-1)
+    uniform = torch.rand(3, 500, dtype=torch.double, generator=generator)
+    uniform[:, 0], uniform[:, 1] = 0.0, 1 - 2**-53
+    cumulative = logprobs.double().exp().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=vocabulary - 1)
+    found = _invert(logprobs, uniform)
+    assert logprobs.gather(1, found)[:, 2:].isfinite().all()
+    assert (found != expected).sum() <= 3  # where a number is within rounding of a boundary
+    assert (cumulative.gather(1, found) - cumulative.gather(1, expected)).abs().max() < 1e-6
 
 
 def test_draws_never_have_mass_zero() -> None:
