@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from benchmarks import models, peers
 from benchmarks.measure import Side
 from rl_backspace.config import Warmup
-from rl_backspace.engine import Engine, Running, Sampling
+from rl_backspace.engine import Engine, Running, Sampling, draw
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
@@ -375,6 +375,21 @@ def packed_warmup(
     return ours, peer
 
 
+def large_vocabulary(setting: Setting, vocabulary: int = 50_257, draws: int = 10) -> tuple[Side, Side]:
+    """One token for each row of the batch from a vocabulary such as GPT-2's, as `generate` draws it."""
+    logits = 3 * torch.randn(setting.batch, vocabulary, generator=torch.Generator().manual_seed(0))
+    logprobs, sampling = logits.log_softmax(-1), Sampling()
+
+    def side(drawn: Callable[[], Tensor]) -> Side:
+        def run() -> int:
+            with torch.inference_mode():
+                return sum(drawn().numel() for _ in range(draws))
+
+        return run
+
+    return side(lambda: draw(logprobs, sampling)), side(lambda: torch.multinomial(logits.softmax(-1), 1))
+
+
 def start_up(setting: Setting) -> tuple[Side, Side]:
     """`train --dry-run`, which loads and checks everything, against a process that only imports what training needs."""
     imports = "import torch, peft; from transformers import AutoModelForCausalLM, Trainer; from trl import GRPOTrainer"
@@ -422,6 +437,7 @@ CASES = {
         20.0,
         partial(rollouts_with_deletes, peer_of=peers.backtrack_sampler, alone=2),
     ),
+    "vocabulary": Case("draws from 50,257 tokens", "softmax, torch.multinomial", 3.0, large_vocabulary),
     "shared-scoring": Case("scoring of 16, 8 to a prompt of 64", "each apart", 1.5, shared_scoring),
     "grpo": Case(
         "GRPO step of 64 after 32, 20 % deletes",
