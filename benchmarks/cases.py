@@ -22,7 +22,7 @@ from rl_backspace.engine import Engine, Running, Sampling, draw
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
-from rl_backspace.semantics import Budget, Rules
+from rl_backspace.semantics import Budget, Rules, contexts
 from rl_backspace.tasks import Task, countdown, signs
 from rl_backspace.warmup import Example, WarmupTrainer, make_corrections
 
@@ -162,12 +162,13 @@ def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
 
 def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) -> tuple[Side, Side]:
     """Rollouts of `longer` times the actions, `share` of them deletes, against such without that type as many tokens as
-    are visible in the longest of those."""
+    are visible at once, at most, in any of those."""
     actions = longer * setting.actions
     prompts = models.prompts(setting.batch, setting.prompt).tolist()
     budget = Budget(answer=actions, actions=actions)
     deleting = Engine(models.make(setting.size, share, setting.prompt + actions), RULES, rows=setting.batch)
-    longest = max(len(rollout.visible) for rollout in deleting.run(prompts, budget))
+    rollouts = deleting.run(prompts, budget)
+    longest = max(len(context) for rollout in rollouts for context in contexts(rollout.actions, RULES, budget))
     typing = Engine(models.make(setting.size, 0.0, setting.prompt + actions), RULES, rows=setting.batch)
 
     def ours() -> int:
@@ -181,7 +182,8 @@ def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) ->
 
 def cost_of_deletes(setting: Setting, share: float = 0.3, batches: int = 4) -> tuple[Side, Side]:
     """Rollouts of which `share` of the actions are deletes, against rollouts without that type as many tokens, row by
-    row: non-delete actions per second. There are more prompts than places, as in training."""
+    row, none of which is taken back: non-delete actions per second. There are more prompts than places, as in
+    training."""
     prompts = models.prompts(batches * setting.batch, setting.prompt).tolist()
     budget = Budget(answer=setting.actions, actions=setting.actions)
     deleting = Engine(models.make(setting.size, share, setting.context), RULES, rows=setting.batch)
@@ -287,7 +289,10 @@ def rollouts_with_deletes(
     def peer() -> int:
         return sum(len(peer_of(model, prompt, setting.actions)) for prompt in prompts[:alone])
 
-    expect(len(peer_of(model, prompts[0], setting.actions)) == setting.actions, "the loop takes as many actions")
+    traces = [peer_of(model, prompt, setting.actions) for prompt in prompts[:alone]]
+    expect({len(trace) for trace in traces} == {setting.actions}, "the loop takes as many actions")
+    share = sum(trace.count(models.DELETE) for trace in traces) / sum(map(len, traces))
+    expect(abs(share - setting.deletes) < 0.15, f"it deletes about as often (got {share:.0%} in {alone} traces)")
     rollouts = engine.run(prompts, budget)
     share = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
     expect(abs(share - setting.deletes) < 0.05, f"{setting.deletes:.0%} of the actions are deletes (got {share:.0%})")

@@ -2,6 +2,7 @@
 
 Each panel varies one of them and leaves the others at a batch of 64, prompts of 32 and 64 actions, without deletes; its
 peer is `model.generate`, in turn with ours on the same model. Where deletes are varied the peer types the same without.
+Deletes and skew have 4 and 8 times as many prompts as the batch has rows.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> None:
             lines["peer"].append(peer)
         found[name] = lines
     picture = given.out or RESULTS / f"growth-{given.size}.png"
-    draw(found, f"Rollouts of the {given.size} model, 1 thread of an {machine()['cpu']}", picture)
+    draw(found, f"Rollouts of the {given.size} model, 1 thread, {machine()['cpu']}", picture)
     content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "microseconds": found}
     picture.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written to {picture} and {picture.with_suffix('.json')}")

@@ -257,6 +257,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def causal_lm(model: Any) -> Any:
     """The stock causal LM inside wrappers: accelerate's or DDP's `module`, PEFT's `get_base_model`."""
     while not isinstance(model, PreTrainedModel):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError("the policy's adapter is a learned prompt, whose tokens have no place here; use LoRA")
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif hasattr(model, "module"):

@@ -307,7 +307,7 @@ def pretrain(
     config: ConfigPath,
     out: Annotated[Path, typer.Argument(help="folder for the model; must not exist")],
 ) -> None:
-    """Make a small base model from nothing, in the Hugging Face format."""
+    """Make a small base model, from nothing or on from another one, in the Hugging Face format."""
     from rl_backspace.config import parse_pretrain, read_yaml
     from rl_backspace.folder import refuse_existing
 

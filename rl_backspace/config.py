@@ -166,7 +166,7 @@ class PretrainConfig(Strict):
 
     tasks: list[MixedTask] = Field(min_length=1, description="task blocks, each with a weight in the mixture")
     model: str | None = Field(
-        default=None, description="embedded model or path to go on from; its shape is kept, those below are ignored"
+        default=None, description="embedded model, hub id or path to go on from, whose shape is kept"
     )
     seed: Seed = 0
     vocab_size: PositiveInt = Field(default=128, description="embedding rows; what the tokenizer leaves are spare")
@@ -517,6 +517,9 @@ def _sizes(content: Mapping[str, Any]) -> list[str]:
     """Sizes of a base model that are each valid but make none; sizes that are not valid are left out."""
     from rl_backspace.pretrain import character_tokenizer
 
+    if content.get("model") is not None:
+        given = [name for name in ("vocab_size", "width", "layers", "heads", "context") if name in content]
+        return [f"{name}: {content['model']!r} has a shape of its own; leave {name} out" for name in given]
     defaults = {name: field.default for name, field in PretrainConfig.model_fields.items()}
     vocab_size, width, heads = (
         _part(PositiveInt, content.get(name, defaults[name])) for name in ("vocab_size", "width", "heads")

@@ -172,7 +172,12 @@ class Ahead:
 
 @dataclass
 class Running:
-    """A rollout that goes on; `index` is its prompt's, in the caller's order, `drawn` by the context's length."""
+    """A rollout that goes on.
+
+    Attributes:
+        index: its prompt's, in the caller's order.
+        drawn: what was drawn ahead, by the length of the context after the prompt.
+    """
 
     index: int
     prompt: list[int]
@@ -182,14 +187,17 @@ class Running:
     forward_passes: int = 1
     drawn: dict[int, Drawn | tuple[Ahead, int]] = field(default_factory=dict)
 
-    def recall(self) -> Drawn | None:
-        """What was drawn ahead in the present context."""
+    def recall(self) -> tuple[int, float, Sequence[float]] | None:
+        """An action that was drawn ahead in the present context, its log-probability and the critic's value; None where
+        it has to be drawn anew."""
         here = len(self.machine.path)
         found = self.drawn.get(here)
         if isinstance(found, tuple):
             step, row = found
             found = self.drawn[here] = step.of(row)
-        return found
+        if found is None or (drawn := found.next(self.machine.illegal())) is None:
+            return None
+        return (*drawn, found.value)
 
     @property
     def pointer(self) -> int:
@@ -321,12 +329,11 @@ class Engine:
                     continue
                 enters = self._act(row, action, logprob, value, on_action)
                 while enters is None and row.machine.end is None:
-                    drawn = row.recall()
-                    found = drawn.next(row.machine.illegal()) if drawn is not None else None
+                    found = row.recall()
                     if found is None:
                         again.append(i)
                         break
-                    enters = self._act(row, *found, drawn.value, on_action)  # type: ignore[union-attr]
+                    enters = self._act(row, *found, on_action)
                 if row.machine.end is None:
                     going.append(row)
                     feed[i] = enters or 0
@@ -409,7 +416,7 @@ class Engine:
         drawn = draw(logprobs, sampling, generator, count)
         tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
         known = logprobs.gather(1, tokens).cpu().numpy()
-        step = Ahead(tokens.cpu().numpy(), known, forbidden, count, used, values)
+        step = Ahead(tokens.int().cpu().numpy(), known, forbidden, count, used, values)
         for n, row in enumerate(rows):
             row.drawn[len(row.machine.path)] = step, n
         return step.tokens[:, 0].tolist(), known[:, 0].tolist()
@@ -446,8 +453,11 @@ def _log_softmax(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None = None, count: int = 1) -> Tensor:
     """Draw `count` actions per row of log-probabilities (n, V), independently of each other, or take the likeliest ones
     in order; token ids (n, count)."""
-    if sampling.temperature == 0:
-        return logprobs.topk(count).indices if count > 1 else logprobs.argmax(-1, keepdim=True)
+    if sampling.temperature == 0 and count == 1:
+        return logprobs.argmax(-1, keepdim=True)
+    if sampling.temperature == 0:  # of equally likely ones the first, as argmax has it
+        order = torch.arange(logprobs.shape[-1], dtype=torch.double, device=logprobs.device)
+        return (logprobs.double() - 1e-13 * order).topk(count).indices
     logprobs = _truncate(logprobs, sampling)
     # one random number per draw, where a noise per token would cost more
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)

@@ -41,7 +41,7 @@ GRPO_DEFAULTS: dict[str, Any] = {
 }
 WARMUP_DEFAULTS: dict[str, Any] = {
     **TRAINER_DEFAULTS,
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 96,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,

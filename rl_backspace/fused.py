@@ -1,9 +1,9 @@
 """Llama-like models written out: the arithmetic of the stock layers in fewer and larger operations.
 
 A small model's step on CPU is bound by the number of operations, and a LoRA adapter triples those of each linear layer.
-Here query, key and value weights are one matrix, gate and up too, and the adapter and the norms' scales are multiplied
-into them, once for all the steps of a run. Only for what is listed in `FAMILIES`, as it stands in transformers;
-everything else takes its own forward, to which this is equal but for rounding.
+Here query, key and value weights are one matrix, gate and up too, with the adapter added to them and the norms' scales
+multiplied into them, once for all the steps of a run. Only for what is listed in `FAMILIES`, as it stands in
+transformers; everything else takes its own forward, to which this is equal but for rounding.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Fused:
     def _prefill(self, ids: Tensor, out: Tensor, states: list[tuple[Tensor, Tensor]]) -> None:
         rows, length = ids.shape
         cos, sin = self.cos[:length, None], self.sin[:length, None]
-        hidden = self.embed(ids).reshape(rows * length, -1)
+        hidden = self.embed(ids).reshape(rows * length, -1).clone()
         for layer, (keys, values) in zip(self.layers, states, strict=True):
             turned, value = self._project(layer, hidden, (rows, length), cos, sin)
             query, key = turned.transpose(1, 2).split([self.heads, self.groups], 1)
@@ -110,7 +110,7 @@ class Fused:
         places = (first + pointers[:, None]).flatten()  # where keys and values go
         cos, sin = self.cos[pointers][:, None], self.sin[pointers][:, None]
 
-        hidden = self.embed(ids)
+        hidden = self.embed(ids).clone()  # it is added to; an embedding of one's own may hand out what it keeps
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             turned, value = self._project(layer, hidden, (rows,), cos, sin)
             query, key = turned.split([self.heads, groups], 1)
@@ -157,10 +157,11 @@ def fuse(causal: Any, capacity: int) -> Fused | None:
     if hooked or _has_any_global_hook():
         return None
     layers = body.layers[: causal.config.num_hidden_layers]
-    if not all(_is_stock(body, part) for layer in layers for part in (layer, *layer.children())):
+    parts = [body, *layers, *(part for layer in layers for part in layer.children())]
+    if not all(_is_stock(body, part) for part in parts):
         return None
     try:
-        return Fused(causal, [_lay_out(layer) for layer in layers], capacity)
+        return Fused(causal, [_lay_out(layer, layers[0].self_attn) for layer in layers], capacity)
     except _Other:
         return None
 
@@ -169,8 +170,10 @@ def _name(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
-def _lay_out(layer: Any) -> _Layer:
+def _lay_out(layer: Any, first: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    if (attention.scaling, attention.head_dim, attention.is_causal) != (first.scaling, first.head_dim, True):
+        raise _Other
     before, between = layer.input_layernorm, layer.post_attention_layernorm
     return _Layer(
         before.variance_epsilon,

@@ -41,7 +41,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def batch(rows: list[Row], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded token ids (B, L) and labels (B, L), -100 outside the answers."""
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
-    answers = [[*tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id] for row in rows]
+    typed = [tokenizer(row["answer"], add_special_tokens=False).input_ids for row in rows]
+    answers = [[*ids, tokenizer.eos_token_id] for ids in typed]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
@@ -75,10 +76,10 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     """Train and save; prints the loss every hundred steps."""
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
+    model, tokenizer = _new(config) if config.model is None else load_base(config.model)
+    model.float().train()
     rows = [load_task(task.model_dump(exclude={"weight"}), config.seed).train for task in config.tasks]
     weights = [task.weight for task in config.tasks]
-    model, tokenizer = _new(config) if config.model is None else load_base(config.model)
-    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05
@@ -86,7 +87,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     started, total = time.time(), 0.0
     for step in range(1, config.steps + 1):
         source = rng.choices(rows, weights, k=config.batch)
-        ids, labels = batch([rng.choice(options) for options in source], tokenizer)
+        ids, labels = (part.to(model.device) for part in batch([rng.choice(rows) for rows in source], tokenizer))
         logits = model(ids).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
+from peft import PromptTuningConfig, get_peft_model
 
 from rl_backspace.engine import GREEDY, LARGE, Drawn, Engine, Sampling, _invert, draw
 from rl_backspace.errors import UserError
@@ -420,6 +421,24 @@ def test_drawing_ahead_changes_no_greedy_answer(retry: str, memory: str) -> None
     for a, b in zip(once, ahead, strict=True):
         assert (a.actions, a.end, a.forward_passes) == (b.actions, b.end, b.forward_passes)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_learned_prompt_is_refused() -> None:
+    """Its virtual tokens would be left out in silence."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match=r"a learned prompt.*use LoRA"):
+        Engine(get_peft_model(tiny(), config), rules("erase", "free"))
+
+
+@pytest.mark.parametrize("retry", ["free", "ban"])
+def test_drawing_ahead_takes_equally_likely_actions_in_the_same_order(retry: str) -> None:
+    """bf16 has many of them."""
+    model, played, budget = eager_to_delete(tiny()).to(torch.bfloat16), rules("erase", retry), Budget(10, 40)
+    once, ahead = (Engine(model, played, rows=7, ahead=count).run(some_prompts(24), budget, GREEDY) for count in (1, 8))
+    assert [rollout.actions for rollout in once] == [rollout.actions for rollout in ahead]
+    ties = torch.zeros(2, 2000).log_softmax(-1)
+    assert draw(ties, GREEDY, count=5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert draw(ties.bfloat16().float(), GREEDY).tolist() == [[0]] * 2
 
 
 @pytest.mark.parametrize("retry", ["free", "ban"])

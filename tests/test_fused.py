@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from rl_backspace import fused
 from rl_backspace.backbone import Backbone, PointerCache
@@ -119,6 +119,21 @@ def test_what_is_not_stock_runs_its_own_forward() -> None:
     patched.model.layers[0].self_attn.forward = patched.model.layers[0].self_attn.forward
     replaced.model.layers[0].mlp.up_proj = nn.Sequential(replaced.model.layers[0].mlp.up_proj)
     assert [fuse(model, 8) for model in (hooked, patched, replaced)] == [None] * 3
+
+
+def test_a_patched_class_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    assert fuse(model, 8) is not None
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+    assert fuse(model, 8) is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("scaling", 0.5), ("is_causal", False)])
+def test_a_layer_unlike_the_first_runs_its_own_forward(name: str, value: object) -> None:
+    model = tiny()
+    setattr(model.model.layers[1].self_attn, name, value)
+    assert fuse(model, 8) is None
 
 
 class Doubled(LlamaMLP):

@@ -15,12 +15,13 @@ from rl_backspace.pretrain import pretrain
 
 def config(**fields: object) -> PretrainConfig:
     tasks = [{"fn": "signs", "count": 3, "train": 50, "test": 1}]
-    return parse_pretrain({"tasks": tasks, "width": 16, "layers": 1, "heads": 2, "batch": 8, **fields})
+    shape = {} if "model" in fields else {"width": 16, "layers": 1, "heads": 2}
+    return parse_pretrain({"tasks": tasks, "batch": 8, **shape, **fields})
 
 
 def test_it_learns_and_goes_on_from_what_was_learned(tmp_path: Path) -> None:
     pretrain(config(steps=300), tmp_path / "first")
-    pretrain(config(steps=1, model=str(tmp_path / "first"), layers=7, learning_rate=1e-6), tmp_path / "second")
+    pretrain(config(steps=1, model=str(tmp_path / "first"), learning_rate=1e-6), tmp_path / "second")
     (first, tokenizer), (second, _) = load_base(str(tmp_path / "first")), load_base(str(tmp_path / "second"))
     assert second.config.num_hidden_layers == 1
     gaps = [(a - b).abs().max().item() for a, b in zip(first.parameters(), second.parameters(), strict=True)]
@@ -34,3 +35,5 @@ def test_it_learns_and_goes_on_from_what_was_learned(tmp_path: Path) -> None:
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model: .arith-2m. is no folder; did you mean"):
         pretrain(config(steps=1, model="arith-2m"), tmp_path / "out")
+    with pytest.raises(UserError, match="layers: 'arith-1m' has a shape of its own; leave layers out"):
+        config(model="arith-1m", layers=7)

@@ -228,6 +228,9 @@ def test_games_are_by_the_rules_and_miss_the_target_where_the_first_step_does() 
             left[result] += 1
         assert task.correct(row, row["answer"]) == task.alive(row, first + ",") == (int(result) == row["target"])
         hit += int(result) == row["target"]
+    game = games(train=1, test=1)
+    assert all(game.alive(row, row["answer"][:length]) for length in range(len(row["answer"]) + 1))
+    assert not game.alive(row, row["answer"] + ",") and not game.alive(row, ",") and not game.correct(row, first)
     assert 30 < hit < 200  # most first steps cannot reach it
 
 

@@ -43,7 +43,7 @@ def games(
         return numbers is not None and len(numbers) == 1
 
     def playable(row: Row, text: str) -> bool:
-        return complete(row, text, random.Random(0)) is not None
+        return (complete(row, text, random.Random(0)) or "").startswith(text)
 
     def played(rows: list[Row]) -> list[Row]:
         return [{**row, "answer": complete(row, "", rng)} for row in rows]

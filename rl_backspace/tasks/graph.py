@@ -32,10 +32,12 @@ def graph(
         nodes: names to choose from, letters; at least arms * length + 1, and at most 52.
         train, test: how many prompts of each split.
     """
-    if arms < 1 or length < 1 or not arms * length < nodes <= len(NODES):
+    if arms < 1 or length < 1:
+        raise UserError(f"graph: got arms={arms}, length={length}; expected both from 1 up")
+    if not arms * length < nodes <= len(NODES):
         raise UserError(
-            f"graph: got arms={arms}, length={length}, nodes={nodes}; expected arms and length of 1 or more and nodes "
-            f"from arms * length + 1 = {arms * length + 1} to {len(NODES)}"
+            f"graph: got nodes={nodes} for {arms} arms of {length}; expected more than {arms * length} and at most "
+            f"{len(NODES)}: fewer or shorter arms need fewer"
         )
 
     def draw(rng: random.Random) -> Row:
