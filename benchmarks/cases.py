@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from benchmarks import models, peers
 from benchmarks.measure import Side
 from rl_backspace.config import Warmup
-from rl_backspace.engine import Engine, Running, Sampling, draw
+from rl_backspace.engine import Engine, Rollout, Running, Sampling, draw
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.scoring import pack, score
@@ -167,17 +167,13 @@ def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) ->
     prompts = models.prompts(setting.batch, setting.prompt).tolist()
     budget = Budget(answer=actions, actions=actions)
     deleting = Engine(models.make(setting.size, share, setting.prompt + actions), RULES, rows=setting.batch)
-    rollouts = deleting.run(prompts, budget)
-    longest = max(len(context) for rollout in rollouts for context in contexts(rollout.actions, RULES, budget))
+
+    def delete() -> list[Rollout]:  # the same each time
+        return deleting.run(prompts, budget, generator=torch.Generator().manual_seed(0))
+
+    longest = max(len(context) for rollout in delete() for context in contexts(rollout.actions, RULES, budget))
     typing = Engine(models.make(setting.size, 0.0, setting.prompt + actions), RULES, rows=setting.batch)
-
-    def ours() -> int:
-        return len(deleting.run(prompts, budget))
-
-    def peer() -> int:
-        return len(typing.run(prompts, Budget(longest, deletes=0)))
-
-    return ours, peer
+    return lambda: len(delete()), lambda: len(typing.run(prompts, Budget(longest, deletes=0)))
 
 
 def cost_of_deletes(setting: Setting, share: float = 0.3, batches: int = 4) -> tuple[Side, Side]:
