@@ -320,7 +320,7 @@ class Engine:
         while acting:
             hidden = batch.anchors(acting)
             values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
-            actions, logprobs = self._sample(hidden, values, [batch.rows[i] for i in acting], sampling, generator)
+            actions, logprobs = self._sample(hidden, [batch.rows[i] for i in acting], values, sampling, generator)
             again, going = [], []
             for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
                 row, value = batch.rows[i], values[n : n + 1]
@@ -362,8 +362,8 @@ class Engine:
     def _sample(
         self,
         hidden: Tensor,
-        values: list[float],
         rows: list[Running],
+        values: list[float],
         sampling: Sampling,
         generator: torch.Generator | None,
     ) -> tuple[list[int], list[float]]:

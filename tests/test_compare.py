@@ -180,8 +180,8 @@ def test_labels_are_the_keys_that_differ(here: Path) -> None:
     make("other/c", ["warmup.beta=0.125"])
     make("other/d", ["warmup.beta=0.125", "trainer.beta=1e-5"])
     assert [one.label for one in group(load([Path("other")])[0])] == [
-        "lora=yes, warmup.beta=0.3, trainer.beta=–",
-        "lora=null, warmup.beta=0.3, trainer.beta=–",
+        "lora=yes, warmup.beta=0, trainer.beta=–",
+        "lora=null, warmup.beta=0, trainer.beta=–",
         "lora=yes, warmup.beta=0.125, trainer.beta=–",
         "lora=yes, warmup.beta=0.125, trainer.beta=1e-05",
     ]
