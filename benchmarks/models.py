@@ -37,6 +37,7 @@ def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedMo
         bias = torch.zeros(VOCAB)
         bias[DELETE] = torch.tensor(deletes / (1 - deletes) * (VOCAB - 1)).log()
         model.lm_head.bias = nn.Parameter(bias)
+    model.generation_config.eos_token_id = None  # nothing ends an answer, in `generate` neither
     return model.eval()
 
 
