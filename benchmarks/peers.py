@@ -240,7 +240,7 @@ def grpo_trainer(
     `model.generate`. Nothing ends an answer before `actions`; the reward is the share of low token ids."""
     tokenizer = character_tokenizer()
     model = make(size, deletes, prompt + actions)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
     dice = random.Random(0)
     texts = ["".join(dice.choices(string.ascii_letters, k=prompt)) for _ in range(batch // group * 8)]
     dataset = datasets.Dataset.from_dict({"prompt": texts, "row": list(range(len(texts)))})

@@ -6,13 +6,15 @@ import functools
 import itertools
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rl_backspace.errors import UserError
 from rl_backspace.tasks.task import Row, Task, generate
 
 Numbers = tuple[int, ...]
 """What is left to combine, in order of size."""
+Way = tuple[str, Numbers]
+"""A step as it is written, and the numbers that it leaves."""
 
 
 def games(
@@ -32,23 +34,20 @@ def games(
     task = countdown(count, low, high, limit, train, test, seed)
     rng = random.Random(seed)
 
-    def complete(row: Row, text: str, rng: random.Random) -> str | None:
-        *done, begun = text.split(",")
-        numbers = _after(tuple(row["numbers"]), done, row["limit"])
-        rest = None if numbers is None else _play(numbers, row["target"], row["limit"], rng, begun)
-        return None if rest is None else ",".join([*done, *rest])
-
-    def legal(row: Row, text: str) -> bool:
+    def finished(row: Row, text: str) -> bool:
         numbers = _after(tuple(row["numbers"]), text.split(","), row["limit"])
         return numbers is not None and len(numbers) == 1
 
-    def playable(row: Row, text: str) -> bool:
-        return (complete(row, text, random.Random(0)) or "").startswith(text)
+    def allowed(row: Row, text: str) -> bool:
+        return bool(_next(row, text, _hitting))
+
+    def go_on(row: Row, text: str, rng: random.Random) -> str | None:
+        return _complete(row, text, rng, _hitting)
 
     def played(rows: list[Row]) -> list[Row]:
-        return [{**row, "answer": complete(row, "", rng)} for row in rows]
+        return [{**row, "answer": go_on(row, "", rng)} for row in rows]
 
-    return Task(played(task.train), played(task.test), correct=legal, alive=playable, complete=complete)
+    return Task(played(task.train), played(task.test), correct=finished, alive=allowed, complete=go_on)
 
 
 def countdown(
@@ -85,8 +84,8 @@ def countdown(
             targets = reachable(numbers, limit)
         target = rng.choice(targets)
         prompt = f"{' '.join(map(str, numbers))}={target}:"
-        answer = ",".join(_solve(numbers, target, limit, rng) or [])
-        return {"prompt": prompt, "answer": answer, "numbers": list(numbers), "target": target, "limit": limit}
+        row = {"prompt": prompt, "answer": "", "numbers": list(numbers), "target": target, "limit": limit}
+        return {**row, "answer": complete(row, "", rng)}
 
     return Task(*generate(draw, train, test, seed), correct=correct, alive=alive, complete=complete)
 
@@ -99,22 +98,12 @@ def correct(row: Row, text: str) -> bool:
 
 def alive(row: Row, text: str) -> bool:
     """Whether the steps so far, and the one that is begun, can still reach the target."""
-    *done, begun = text.split(",")
-    numbers = _after(tuple(row["numbers"]), done, row["limit"])
-    return numbers is not None and any(
-        step.startswith(begun) and _reaches(rest, row["target"], row["limit"])
-        for step, rest in _steps(numbers, row["limit"]).items()
-    )
+    return bool(_next(row, text, _winning))
 
 
 def complete(row: Row, text: str, rng: random.Random) -> str | None:
     """Random steps to the target that start like this."""
-    *done, begun = text.split(",")
-    numbers = _after(tuple(row["numbers"]), done, row["limit"])
-    if numbers is None:
-        return None
-    rest = _solve(numbers, row["target"], row["limit"], rng, begun)
-    return None if rest is None else ",".join([*done, *rest])
+    return _complete(row, text, rng, _winning)
 
 
 def reachable(numbers: Numbers, limit: int) -> list[int]:
@@ -169,31 +158,30 @@ def _after(numbers: Numbers, steps: list[str], limit: int) -> Numbers | None:
     return numbers
 
 
-def _solve(numbers: Numbers, target: int, limit: int, rng: random.Random, begun: str = "") -> list[str] | None:
-    """Random steps to the target, the first of which is begun already; None where there are none."""
-    taken: list[str] = []
-    while len(numbers) > 1:
-        ways = [
-            (step, rest)
-            for step, rest in _steps(numbers, limit).items()
-            if step.startswith("" if taken else begun) and _reaches(rest, target, limit)
-        ]
-        if not ways:
-            return None
-        step, numbers = rng.choice(ways)
-        taken.append(step)
-    return taken if numbers == (target,) else None
+def _winning(ways: list[Way], target: int, limit: int) -> list[Way]:
+    """The steps from which the target can be reached."""
+    return [(step, rest) for step, rest in ways if _reaches(rest, target, limit)]
 
 
-def _play(numbers: Numbers, target: int, limit: int, rng: random.Random, begun: str = "") -> list[str] | None:
-    """Random steps, the first of which is begun already, until one number is left; the last one hits the target if it
-    can. None where the rules allow no step."""
-    taken: list[str] = []
-    while len(numbers) > 1:
-        ways = [way for way in _steps(numbers, limit).items() if way[0].startswith("" if taken else begun)]
-        hits = [(step, rest) for step, rest in ways if rest == (target,)]
+def _hitting(ways: list[Way], target: int, limit: int) -> list[Way]:
+    """The steps that end at the target, or all of them where none does."""
+    return [(step, rest) for step, rest in ways if rest == (target,)] or ways
+
+
+def _next(row: Row, text: str, worth: Callable[[list[Way], int, int], list[Way]]) -> list[Way]:
+    """The steps worth taking that start as the text's last one does; none behind what breaks the rules."""
+    *done, begun = text.split(",")
+    numbers = _after(tuple(row["numbers"]), done, row["limit"])
+    ways = [] if numbers is None else [way for way in _steps(numbers, row["limit"]).items() if way[0].startswith(begun)]
+    return worth(ways, row["target"], row["limit"])
+
+
+def _complete(row: Row, text: str, rng: random.Random, worth: Callable[[list[Way], int, int], list[Way]]) -> str | None:
+    """Random steps worth taking that start like this, until one number is left; None where there are none."""
+    left = len(row["numbers"]) - text.count(",") - 1  # to take
+    for _ in range(left):
+        ways = _next(row, text, worth)
         if not ways:
             return None
-        step, numbers = rng.choice(hits or ways)
-        taken.append(step)
-    return None if begun and not taken else taken
+        text = ",".join([*text.split(",")[:-1], rng.choice(ways)[0], ""])
+    return text.removesuffix(",") if left > 0 else None
