@@ -109,65 +109,46 @@ class Keyboard(Protocol):
     def through(self, logprobs: Tensor) -> Tensor: ...
 
 
-@dataclass(slots=True)
-class Drawn:
-    """Actions that were drawn ahead in one context, for when deletes come back to it.
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Actions that one step drew ahead in the contexts of its rows, for when deletes come back to them.
 
     They are independent draws from one distribution, so to pass over those that have become illegal leaves draws from
     what is legal. By greedy decoding they are the likeliest ones, and the first legal one is the choice each time.
 
     Attributes:
-        tokens: the drawn ones, in order, and behind them the deletes.
+        tokens: (n, count + deletes), the drawn ones in order, and behind them the deletes.
         logprobs: theirs, among what was legal then.
-        illegal: what was not.
+        illegal: for each row, what was not.
         count: how many of them were drawn.
-        used: how many of those are spent; None by greedy decoding, which spends none.
-        value: the critic's, if there is one.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    illegal: list[int]
-    count: int
-    used: int | None
-    value: Sequence[float] = ()
-
-    def next(self, illegal: list[int]) -> tuple[int, float] | None:
-        """The next one and its log-probability among what is legal now; None where it has to be drawn anew."""
-        gone = 0.0
-        for token in illegal:
-            if token not in self.illegal:
-                if token not in self.tokens:
-                    return None
-                gone += math.exp(self.logprobs[self.tokens.index(token)])
-        if gone > MOST_GONE or any(token not in illegal for token in self.illegal):
-            return None
-        for place in range(self.used or 0, self.count):
-            if (token := self.tokens[place]) not in illegal:
-                self.used = None if self.used is None else place + 1
-                return token, self.logprobs[place] - math.log1p(-gone)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """What one step drew ahead in the contexts of its rows, to be taken out row by row: most are never asked for.
-
-    Attributes:
-        tokens, logprobs: (n, count + deletes), as in `Drawn`.
-        illegal, values: for each row; no values without a critic.
+        greedy: whether none is ever spent.
+        values: for each row the critic's, if there is one.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     illegal: list[list[int]]
     count: int
-    used: int | None
+    greedy: bool
     values: list[float]
 
-    def of(self, row: int) -> Drawn:
-        ids, logprobs, value = self.tokens[row].tolist(), self.logprobs[row].tolist(), self.values[row : row + 1]
-        return Drawn(ids, logprobs, self.illegal[row], self.count, self.used, value)
+    def next(self, row: int, used: int, illegal: list[int]) -> tuple[int, float] | None:
+        """The place of the first one from `used` on that is legal now, and its log-probability among what is; None
+        where it has to be drawn anew."""
+        gone, before = 0.0, self.illegal[row]
+        if illegal != before:
+            tokens = self.tokens[row].tolist()
+            for token in illegal:
+                if token not in before:
+                    if token not in tokens:
+                        return None
+                    gone += math.exp(self.logprobs.item(row, tokens.index(token)))
+            if gone > MOST_GONE or any(token not in illegal for token in before):
+                return None
+        for place in range(used, self.count):
+            if self.tokens.item(row, place) not in illegal:
+                return place, self.logprobs.item(row, place) - math.log1p(-gone)
+        return None
 
 
 @dataclass
@@ -176,7 +157,8 @@ class Running:
 
     Attributes:
         index: its prompt's, in the caller's order.
-        drawn: what was drawn ahead, by the length of the context after the prompt.
+        drawn: what was drawn ahead, by the length of the context after the prompt: the step, the row in it, and how
+            many are spent.
     """
 
     index: int
@@ -185,19 +167,21 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     forward_passes: int = 1
-    drawn: dict[int, Drawn | tuple[Ahead, int]] = field(default_factory=dict)
+    drawn: dict[int, tuple[Ahead, int, int]] = field(default_factory=dict)
 
     def recall(self) -> tuple[int, float, Sequence[float]] | None:
         """An action that was drawn ahead in the present context, its log-probability and the critic's value; None where
         it has to be drawn anew."""
         here = len(self.machine.path)
-        found = self.drawn.get(here)
-        if isinstance(found, tuple):
-            step, row = found
-            found = self.drawn[here] = step.of(row)
-        if found is None or (drawn := found.next(self.machine.illegal())) is None:
+        if (found := self.drawn.get(here)) is None:
             return None
-        return (*drawn, found.value)
+        step, row, used = found
+        if (chosen := step.next(row, used, self.machine.illegal())) is None:
+            return None
+        place, logprob = chosen
+        if not step.greedy:
+            self.drawn[here] = step, row, place + 1
+        return step.tokens.item(row, place), logprob, step.values[row : row + 1]
 
     @property
     def pointer(self) -> int:
@@ -412,13 +396,13 @@ class Engine:
         generator: torch.Generator | None,
     ) -> tuple[list[int], list[float]]:
         """One action and its log-probability per row, and some more for when it comes back, which the row keeps."""
-        count, used = min(self.ahead, logprobs.shape[1]), 1 if sampling.temperature else None
+        count, greedy = min(self.ahead, logprobs.shape[1]), not sampling.temperature
         drawn = draw(logprobs, sampling, generator, count)
         tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
         known = logprobs.gather(1, tokens).cpu().numpy()
-        step = Ahead(tokens.int().cpu().numpy(), known, forbidden, count, used, values)
+        step = Ahead(tokens.int().cpu().numpy(), known, forbidden, count, greedy, values)
         for n, row in enumerate(rows):
-            row.drawn[len(row.machine.path)] = step, n
+            row.drawn[len(row.machine.path)] = step, n, 0 if greedy else 1
         return step.tokens[:, 0].tolist(), known[:, 0].tolist()
 
     def capacity(self, prompts: Sequence[Sequence[int]], budget: Budget) -> int:

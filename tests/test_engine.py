@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import naive
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -15,7 +16,7 @@ import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
 from peft import PromptTuningConfig, get_peft_model
 
-from rl_backspace.engine import GREEDY, LARGE, Drawn, Engine, Sampling, _invert, draw
+from rl_backspace.engine import GREEDY, LARGE, Ahead, Engine, Sampling, _invert, draw
 from rl_backspace.errors import UserError
 from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Rules, replay
@@ -474,16 +475,17 @@ def test_what_is_drawn_ahead_is_drawn_from_what_is_legal(retry: str) -> None:
 
 
 def test_what_is_left_too_little_of_is_drawn_anew() -> None:
-    def drawn(*chances: float, illegal: Sequence[int] = ()) -> Drawn:
-        """3, 4, 5, ... with these probabilities, then the delete token 9, which has 0.04; 3 is taken."""
-        tokens = [*range(3, 3 + len(chances)), 9]
-        return Drawn(tokens, [math.log(p) for p in (*chances, 0.04)], list(illegal), len(chances), used=1)
+    def drawn(*chances: float, illegal: Sequence[int] = ()) -> Ahead:
+        """3, 4, 5, ... with these probabilities, then the delete token 9, which has 0.04."""
+        tokens, logprobs = [*range(3, 3 + len(chances)), 9], [math.log(p) for p in (*chances, 0.04)]
+        return Ahead(np.array([tokens]), np.array([logprobs]), [list(illegal)], len(chances), greedy=False, values=[])
 
     some = drawn(0.5, 0.3, 0.1)
-    assert some.next([3]) == (4, pytest.approx(math.log(0.6)))
-    assert some.next([3, 2]) is None  # nobody knows how likely 2 was
-    assert some.next([3, 4]) == (5, pytest.approx(math.log(0.5)))
-    assert some.next([3, 4]) is None  # no more
-    assert drawn(0.5, 0.3).next([3, 9]) == (4, pytest.approx(math.log(0.3 / 0.46)))
-    assert drawn(0.97, 0.01).next([3]) is None
-    assert drawn(0.5, 0.3, illegal=[7]).next([]) is None  # more is legal than was
+    assert some.next(0, 1, []) == (1, pytest.approx(math.log(0.3)))
+    assert some.next(0, 1, [3]) == (1, pytest.approx(math.log(0.6)))
+    assert some.next(0, 2, [3, 2]) is None  # nobody knows how likely 2 was
+    assert some.next(0, 2, [3, 4]) == (2, pytest.approx(math.log(0.5)))
+    assert some.next(0, 3, [3, 4]) is None  # no more
+    assert drawn(0.5, 0.3).next(0, 1, [3, 9]) == (1, pytest.approx(math.log(0.3 / 0.46)))
+    assert drawn(0.97, 0.01).next(0, 1, [3]) is None
+    assert drawn(0.5, 0.3, illegal=[7]).next(0, 1, []) is None  # more is legal than was
