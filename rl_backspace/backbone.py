@@ -160,7 +160,7 @@ class Backbone:
 
     def fastest(self, capacity: int) -> Backbone | Fused:
         """What does `prefill` and `decode` fastest for the model as it is now and rows of up to `capacity` tokens."""
-        return fuse(self.causal, capacity) or self
+        return (self.causal not in _unfused and fuse(self.causal, capacity)) or self
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
@@ -283,6 +283,7 @@ def _added(causal: Any, allowed: Tensor) -> Tensor:
 
 
 _passed: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # models that were checked
+_unfused: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # that do something else than what is written out
 
 
 def check(backbone: Backbone) -> None:
@@ -299,39 +300,50 @@ def check(backbone: Backbone) -> None:
     how = (backbone.causal.config._attn_implementation, backbone.causal.dtype, backbone.device)
     if _passed.get(backbone.causal) == how:
         return
-    vocab = backbone.config.vocab_size
-    ids = (torch.arange(1, 7, device=backbone.device) * 7919) % vocab
-    forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
+
+    def is_close(logits: Tensor, expected: Tensor) -> bool:
+        allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
+        return bool((logits - expected).abs().max() <= allowed * max(1.0, expected.abs().max().item()))
+
     try:
         with torch.no_grad(), evaluating(backbone.causal):
-            network = backbone.fastest(capacity=5)
-            _, prefilled = network.prefill(ids[None, :2])
-            cache = PointerCache(prefilled, rows=1, capacity=5)
-            cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
-            for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
-                hidden = network.decode(token[None], torch.tensor([position], device=ids.device), cache)
-            rewound = backbone.logits(hidden)[0]
-            beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
-            beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two
-            packed = forward(
-                input_ids=ids[None],
-                attention_mask=attention_mask(backbone.causal, beside[None, None]),
-                position_ids=torch.tensor([[0, 1, 2, 3, 4, 3]], device=ids.device),
-                use_cache=False,
-            ).logits[0, -1]
-            expected = forward(input_ids=ids[None, [0, 1, 2, 5]]).logits[0, -1].float()
+            rewound, packed, expected = _three_ways(backbone)
+            if not is_close(rewound, expected) and is_close(packed, expected):
+                _unfused.add(backbone.causal)  # a function that its layers call may have been replaced
+                rewound, _, _ = _three_ways(backbone)
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
     if expected.isnan().any():
         raise UserError(NOT_NUMBERS)
-    gap = max((logits.float() - expected).abs().max().item() for logits in (rewound, packed))
-    allowed = 1e-3 if backbone.causal.dtype == torch.float32 else 0.05
-    if not gap <= allowed * max(1.0, expected.abs().max().item()):
+    if not (is_close(rewound, expected) and is_close(packed, expected)):
+        gap = max((logits - expected).abs().max().item() for logits in (rewound, packed))
         raise UserError(
             f"{name} cannot rewind: after a delete its logits are off by {gap:.2g}; use a full-attention model"
         )
     _passed[backbone.causal] = how
+
+
+def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (V,) after three tokens and another: rewound to from five, beside the deleted two, and from scratch."""
+    ids = (torch.arange(1, 7, device=backbone.device) * 7919) % backbone.config.vocab_size
+    forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
+    network = backbone.fastest(capacity=5)
+    _, prefilled = network.prefill(ids[None, :2])
+    cache = PointerCache(prefilled, rows=1, capacity=5)
+    cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
+    for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
+        hidden = network.decode(token[None], torch.tensor([position], device=ids.device), cache)
+    beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
+    beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two
+    packed = forward(
+        input_ids=ids[None],
+        attention_mask=attention_mask(backbone.causal, beside[None, None]),
+        position_ids=torch.tensor([[0, 1, 2, 3, 4, 3]], device=ids.device),
+        use_cache=False,
+    ).logits[0, -1]
+    expected = forward(input_ids=ids[None, [0, 1, 2, 5]]).logits[0, -1]
+    return backbone.logits(hidden)[0], packed.float(), expected.float()
 
 
 def _refuse_by_config(causal: PreTrainedModel) -> None:

@@ -254,8 +254,8 @@ class Engine:
             begun: for each prompt the actions that were taken already, to go on from; their log-probs are nan.
 
         Raises:
-            UserError: a prompt is empty, or does not fit the model's context together with the budget; or the
-                model's logits are not numbers.
+            UserError: a prompt is empty, or does not fit the model's context together with the budget; `begun` is of
+                another length; or the model's logits are not numbers.
             IllegalAction: the rules or the budget forbid an action of `begun`.
         """
         done: list[Rollout | None] = [None] * len(prompts)
@@ -268,6 +268,8 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], budget: Budget, begun: Sequence[Sequence[int]] | None
     ) -> tuple[_Batch, list[Running]]:
         """An empty batch, and the rows that wait for a place in it, the first one last."""
+        if begun is not None and len(begun) != len(prompts):
+            raise UserError(f"begun: got actions of {len(begun)} rollouts for {len(prompts)} prompts")
         batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
         rows = []
         for index, (prompt, actions) in enumerate(zip(prompts, begun or [()] * len(prompts), strict=True)):

@@ -398,6 +398,8 @@ def test_it_goes_on_from_where_a_rollout_was_cut(memory: str, retry: str) -> Non
     cuts = [len(rollout.actions) * (i % 5) // 4 for i, rollout in enumerate(whole)]  # from nothing to all of it
     again = engine.run(prompts, budget, GREEDY, begun=[r.actions[:cut] for r, cut in zip(whole, cuts, strict=True)])
     assert sum(rollout.deletes for rollout in whole) > 20
+    with pytest.raises(UserError, match="begun: got actions of 1 rollouts for 20 prompts"):
+        engine.run(prompts, budget, GREEDY, begun=[[]])
     for first, second, cut in zip(whole, again, cuts, strict=True):
         assert (first.actions, first.visible, first.end) == (second.actions, second.visible, second.end)
         assert all(math.isnan(logprob) for logprob in second.logprobs[:cut])

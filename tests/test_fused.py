@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 from rl_backspace import fused
@@ -127,6 +128,19 @@ def test_a_patched_class_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LlamaModel.forward
     monkeypatch.setattr(LlamaModel, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
     assert fuse(model, 8) is None
+
+
+def test_a_replaced_function_is_found_by_the_engines_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return 3 * q * cos.unsqueeze(1), 3 * k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn)
+    model, rules = tiny(), Rules({}, frozenset([1]))
+    assert fuse(model, 8) is not None
+    engine = Engine(model, rules)
+    assert isinstance(engine.backbone.fastest(8), Backbone)
+    (ours,) = engine.run([[5, 6]], Budget(answer=8), GREEDY)
+    assert ours.actions == naive.greedy(model, [5, 6], rules, Budget(answer=8)).history
 
 
 @pytest.mark.parametrize(("name", "value"), [("scaling", 0.5), ("is_causal", False)])

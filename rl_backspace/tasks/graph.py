@@ -34,10 +34,12 @@ def graph(
     """
     if arms < 1 or length < 1:
         raise UserError(f"graph: got arms={arms}, length={length}; expected both from 1 up")
+    if arms * length >= len(NODES):
+        raise UserError(f"graph: got {arms} arms of {length}; there are names for less than {len(NODES)} in all")
     if not arms * length < nodes <= len(NODES):
         raise UserError(
-            f"graph: got nodes={nodes} for {arms} arms of {length}; expected more than {arms * length} and at most "
-            f"{len(NODES)}: fewer or shorter arms need fewer"
+            f"graph: got nodes={nodes}; expected more than {arms * length}, for {arms} arms of {length}, and at most "
+            f"{len(NODES)}"
         )
 
     def draw(rng: random.Random) -> Row:
