@@ -536,7 +536,7 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
 
     records = list(rows(pairs, folder))
     found = verdicts(records)
-    table = table_of(found, missing)
+    table = table_of(found, missing, changes_of(pairs))
     text = "\n".join([table, *details(found, pairs, folder), ""])
     print(text)
     stream = io.StringIO()
@@ -550,16 +550,38 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
         curves = {
             (pair.experiment, pair.seed, which): _controls(run)
             for pair in pairs
+            if pair.beside is None
             for which, run in zip(("policy", "twin"), pair.runs(folder), strict=True)
         }
-        draw_study(found, curves, temporary)
+        drawn = {experiment for experiment, _, _ in curves}
+        draw_study([one for one in found if one.experiment in drawn], curves, temporary)
     return table
 
 
-def table_of(found: Sequence[Verdict], missing: Sequence[str]) -> str:
-    """The table and how to read it, in Markdown."""
+@dataclass(frozen=True)
+class Change:
+    """What one experiment is another one with: the one whose twin it is beside, and the overrides, as Markdown."""
+
+    of: str
+    text: str
+
+
+def changes_of(pairs: Sequence[Pair]) -> dict[str, Change]:
+    """By experiment, those that are beside another one's twin."""
+    whole = {pair.experiment: pair for pair in pairs}
+    found = {}
+    for pair in pairs:
+        if pair.beside is not None:
+            mine = [change for change in pair.overrides if change not in whole[pair.beside].overrides]
+            found[pair.experiment] = Change(pair.beside, ", ".join(f"`{one}`" for one in mine) or pair.experiment)
+    return found
+
+
+def table_of(found: Sequence[Verdict], missing: Sequence[str], changes: Mapping[str, Change]) -> str:
+    """The table and how to read it, in Markdown; below it another one of what was changed in which experiment."""
     lines = [f"| task | decoding | {' | '.join(ARMS.values())} | errors |", f"|---|---|{'---:|' * (len(ARMS) + 1)}"]
-    for one in found:
+    tasks = [one for one in found if one.experiment not in changes]
+    for one in tasks:
         cells = {arm: _percent(one.accuracy[arm]) for arm in ARMS}
         if one.beats:
             cells["policy"] = f"**{cells['policy']}**"
@@ -569,18 +591,35 @@ def table_of(found: Sequence[Verdict], missing: Sequence[str]) -> str:
             cells[arm] += f" (n {one.n[arm].mean:.3g})"
         errors = "–" if one.errors is None else f"× {one.errors:.2f}"
         lines.append(f"| {one.experiment} | {one.decoding} | {' | '.join(cells.values())} | {errors} |")
-    tasks = dict.fromkeys(one.experiment for one in found)
-    won = [task for task in tasks if all(one.beats for one in found if one.experiment == task)]
+    names = dict.fromkeys(one.experiment for one in tasks)
+    won = [name for name in names if all(one.beats for one in tasks if one.experiment == name)]
     lines += [
         "",
         EXPLANATION,
         "",
-        f"The delete token wins {sum(one.beats for one in found)} of {len(found)} comparisons; by both decodings on "
+        f"The delete token wins {sum(one.beats for one in tasks)} of {len(tasks)} comparisons; by both decodings on "
         f"{', '.join(won) if won else 'no task'}.",
     ]
+    if changes:
+        lines += ["", *_changed(found, changes)]
     if missing:
         lines += ["", f"Not there, and not counted: {', '.join(missing)}."]
     return "\n".join([*lines, ""])
+
+
+def _changed(found: Sequence[Verdict], changes: Mapping[str, Change]) -> Iterator[str]:
+    """A table of what was changed, each below the experiment that it was changed in."""
+    of = {(one.experiment, one.decoding): one for one in found}
+    yield "| changed | sampled | greedy | blocked: sampled, greedy | deletes per answer: sampled, greedy |"
+    yield "|---|---:|---:|---:|---:|"
+    for whole in dict.fromkeys(change.of for change in changes.values()):
+        texts = {whole: f"{whole}, as above", **{n: f"{whole}, {c.text}" for n, c in changes.items() if c.of == whole}}
+        for name, text in texts.items():
+            sides = [of[name, how] for how in DECODINGS]
+            accuracy = " | ".join(_percent(one.accuracy["policy"]) for one in sides)
+            blocked = ", ".join(_percent(one.accuracy["blocked"]) for one in sides)
+            deletes = ", ".join(f"{one.deletes['policy'].mean:.2f}" for one in sides)
+            yield f"| {text} | {accuracy} | {blocked} | {deletes} |"
 
 
 def details(found: Sequence[Verdict], pairs: Sequence[Pair], folder: Path) -> list[str]:

@@ -258,6 +258,10 @@ def test_a_policy_can_be_put_beside_the_twin_of_another(here: Path, runner: list
     assert [v.accuracy["twin"] for v in mine] == [v.accuracy["twin"] for v in theirs]
     text = (here / "runs/s/results.md").read_text()
     assert "The twin of signs: 1,400 and 2,400" in text and "6 runs took 0.1 hours" in text
+    assert "| keep | sampled |" not in text and "wins 2 of 2 comparisons; by both decodings on signs." in text
+    changed = text.split("| changed |")[1].splitlines()[2:4]
+    assert [row.split(" | ")[0] for row in changed] == ["| signs, as above", "| signs, `delete.memory=keep`"]
+    assert changed[1].endswith(" | 90.5 ± 6.4 | 90.5 ± 6.4 | 50.5 ± 6.4, 50.5 ± 6.4 | 1.50, 1.50 |")
 
 
 def records_of(here: Path) -> list[dict[str, Any]]:
@@ -322,7 +326,7 @@ def test_a_twin_that_was_trained_on_less_is_no_rival_to_beat(here: Path, runner:
     for key in study.TRAINED:
         less = [{**r, key: 599} if r["arm"] == "twin" and r["seed"] == 1 else r for r in records]
         assert all(verdict.fewer and not verdict.beats for verdict in verdicts(less))
-        assert "61.0 ± 2.5 (trained on fewer actions)" in study.table_of(verdicts(less), [])
+        assert "61.0 ± 2.5 (trained on fewer actions)" in study.table_of(verdicts(less), [], {})
 
 
 def test_an_experiment_that_is_not_asked_for_stands_in_no_ones_way(here: Path, runner: list[list[str]]) -> None:
