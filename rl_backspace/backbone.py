@@ -31,6 +31,14 @@ NOT_NUMBERS = (
 BLOCK = 16  # the cache grows by this many positions: reading a part of longer rows is slower than copying now and then
 
 
+def lengthened(states: Tensor, length: int) -> Tensor:
+    """(..., L, D) as (..., length, D), with zeros behind; what `pad` does by writing everything twice."""
+    longer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+    longer[..., : states.shape[-2], :] = states
+    longer[..., states.shape[-2] :, :] = 0
+    return longer
+
+
 class PointerLayer(CacheLayerMixin):
     """One layer's keys and values, each row with a write pointer of its own.
 
@@ -52,9 +60,7 @@ class PointerLayer(CacheLayerMixin):
 
     def grow(self, length: int) -> None:
         """Make room for `length` entries per row; unused ones hold zeros, since masking does not hide a nan."""
-        missing = (0, 0, 0, length - self.length)
-        self.keys = torch.nn.functional.pad(self.keys, missing)
-        self.values = torch.nn.functional.pad(self.values, missing)
+        self.keys, self.values = lengthened(self.keys, length), lengthened(self.values, length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, evaluating
+from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, evaluating, lengthened
 from rl_backspace.errors import UserError
 from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rules, replay
 
@@ -235,6 +235,7 @@ class Engine:
         self.rows = rows
         self.keyboard = keyboard
         self.critic = critic
+        self._deletes = torch.tensor([list(rules.deletes)])
         check(self.backbone)
 
     @torch.inference_mode()
@@ -400,9 +401,9 @@ class Engine:
         """One action and its log-probability per row, and some more for when it comes back, which the row keeps."""
         count, greedy = min(self.ahead, logprobs.shape[1]), not sampling.temperature
         drawn = draw(logprobs, sampling, generator, count)
-        tokens = torch.cat((drawn, drawn.new_tensor([list(self.rules.deletes)]).expand(len(rows), -1)), 1)
+        tokens = torch.cat((drawn, self._deletes.to(drawn.device).expand(len(rows), -1)), 1)
         known = logprobs.gather(1, tokens).cpu().numpy()
-        step = Ahead(tokens.int().cpu().numpy(), known, forbidden, count, greedy, values)
+        step = Ahead(tokens.cpu().numpy(), known, forbidden, count, greedy, values)
         for n, row in enumerate(rows):
             row.drawn[len(row.machine.path)] = step, n, 0 if greedy else 1
         return step.tokens[:, 0].tolist(), known[:, 0].tolist()
@@ -448,6 +449,8 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     # one random number per draw, where a noise per token would cost more
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = _invert(logprobs, uniform)
+    if logprobs.shape[-1] <= LARGE and logprobs.device.type == "cpu":
+        return chosen  # u * total < total for every u below 1, and each sum is at least the one before it
     possible = logprobs.gather(1, chosen) > -torch.inf  # a parallel sum need not be monotone to the last digit
     return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
 
@@ -565,6 +568,5 @@ class _Batch:
     def _grow(self) -> None:
         """Room for as many hidden states as the cache has for keys."""
         assert self.cache is not None and self.hidden is not None
-        missing = self.cache.length - self.hidden.shape[1]
-        if missing > 0:
-            self.hidden = torch.nn.functional.pad(self.hidden, (0, 0, 0, missing))
+        if self.cache.length > self.hidden.shape[1]:
+            self.hidden = lengthened(self.hidden, self.cache.length)
