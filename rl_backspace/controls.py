@@ -57,11 +57,12 @@ class RandomDeletes(Sampling):
         device = logits.device
         deletes = torch.tensor([token for token, _ in self.rates], device=device)
         typing = torch.log_softmax(logprobs.index_fill(1, deletes, -torch.inf), -1)
-        typed = super().choose(logits, typing, rows, generator)
+        can_type = typing.isfinite().any(-1)
+        typed = torch.where(can_type, super().choose(logits, typing, rows, generator), -1)
         legal = logprobs[:, deletes].isfinite()
         upto = (legal * torch.tensor([rate for _, rate in self.rates], device=device)).cumsum(-1)
         drawn = torch.rand(len(rows), 1, generator=generator, device=device)
-        drawn = torch.where(typing.isfinite().any(-1, keepdim=True), drawn, drawn * upto[:, -1:])  # else it must press
+        drawn = torch.where(can_type[:, None], drawn, drawn * upto[:, -1:])  # else it must press
         pressed = deletes[(drawn >= upto).sum(-1).clamp(max=len(deletes) - 1)]
         return torch.where(legal.any(-1) & (drawn[:, 0] < upto[:, -1]), pressed, typed)
 

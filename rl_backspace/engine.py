@@ -370,6 +370,8 @@ class Engine:
             chosen, known = self._draw_ahead(logprobs, values, rows, forbidden, sampling, generator)
         else:
             actions = sampling.choose(logits, wanted, rows, generator)
+            if wanted is not logprobs:  # what is legal may all be ruled out by the bias
+                actions = torch.where(wanted.gather(1, actions[:, None])[:, 0].isfinite(), actions, -1)
             if self.keyboard is not None:
                 typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
                 actions = torch.where(actions < 0, actions, typed)
@@ -450,7 +452,7 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = _invert(logprobs, uniform)
     if logprobs.shape[-1] <= LARGE and logprobs.device.type == "cpu":
-        return chosen  # u * total < total for every u below 1, and each sum is at least the one before it
+        return chosen  # of a row with any mass: u * total < total for u below 1, and no sum is below the one before
     possible = logprobs.gather(1, chosen) > -torch.inf  # a parallel sum need not be monotone to the last digit
     return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
 

@@ -560,7 +560,7 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """What one experiment is another one with: the one whose twin it is beside, and the overrides, as Markdown."""
+    """What one experiment is another one with: the one whose twin it is beside, and the settings, as Markdown."""
 
     of: str
     text: str
@@ -568,13 +568,30 @@ class Change:
 
 def changes_of(pairs: Sequence[Pair]) -> dict[str, Change]:
     """By experiment, those that are beside another one's twin."""
-    whole = {pair.experiment: pair for pair in pairs}
+    configs = {pair.experiment: pair.config() for pair in pairs}
     found = {}
     for pair in pairs:
-        if pair.beside is not None:
-            mine = [change for change in pair.overrides if change not in whole[pair.beside].overrides]
-            found[pair.experiment] = Change(pair.beside, ", ".join(f"`{one}`" for one in mine) or pair.experiment)
+        if pair.beside is not None and pair.experiment not in found:
+            mine, theirs = (_settings(configs[name]) for name in (pair.experiment, pair.beside))
+            different = [f"{key}={value}" for key, value in mine.items() if theirs.get(key) != value]
+            different += [f"no {key}" for key in theirs if key not in mine]
+            found[pair.experiment] = Change(pair.beside, ", ".join(map(_code, different)) or "the same again")
     return found
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Each setting of an experiment but its name, as `section.key`: value."""
+    found = {}
+    for section, content in config.model_dump(exclude={"name", "seed", "evaluation"}).items():
+        for key, value in content.items() if isinstance(content, dict) else [("", content)]:
+            found[f"{section}.{key}".rstrip(".")] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return found
+
+
+def _code(text: str) -> str:
+    """A code span that a table's cell can hold."""
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{' '.join(text.split())}{fence}".replace("|", r"\|")
 
 
 def table_of(found: Sequence[Verdict], missing: Sequence[str], changes: Mapping[str, Change]) -> str:
@@ -616,6 +633,8 @@ def _changed(found: Sequence[Verdict], changes: Mapping[str, Change]) -> Iterato
         texts = {whole: f"{whole}, as above", **{n: f"{whole}, {c.text}" for n, c in changes.items() if c.of == whole}}
         for name, text in texts.items():
             sides = [of[name, how] for how in DECODINGS]
+            if sides[0].seeds < of[whole, DECODINGS[0]].seeds:
+                text += f" ({sides[0].seeds} of {of[whole, DECODINGS[0]].seeds} seeds)"
             accuracy = " | ".join(_percent(one.accuracy["policy"]) for one in sides)
             blocked = ", ".join(_percent(one.accuracy["blocked"]) for one in sides)
             deletes = ", ".join(f"{one.deletes['policy'].mean:.2f}" for one in sides)
@@ -627,7 +646,8 @@ def details(found: Sequence[Verdict], pairs: Sequence[Pair], folder: Path) -> li
     lines = []
     for one in found:
         lines += [
-            f"- {one.experiment}, {one.decoding}: {_percent(one.above['twin'], '+')} over the twin, "
+            f"- {one.experiment}, {one.decoding}: {_percent(one.above['twin'], '+')} over the twin"
+            f"{' (trained on fewer actions)' if one.fewer else ''}, "
             f"{_percent(one.above[one.rival], '+')} over its best rival ({ARMS[one.rival]}). Blocked it is "
             f"{_percent(one.left, '+')} from the twin: {one.blocking}. {one.actions['policy'].mean:.1f} actions and "
             f"{one.deletes['policy'].mean:.2f} deletes per answer; the twin {one.actions['twin'].mean:.1f} actions."

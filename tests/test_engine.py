@@ -16,6 +16,7 @@ import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
 from peft import PromptTuningConfig, get_peft_model
 
+from rl_backspace.controls import RandomDeletes
 from rl_backspace.engine import GREEDY, LARGE, Ahead, Engine, Sampling, _invert, draw
 from rl_backspace.errors import UserError
 from rl_backspace.keyboard import Keyboard
@@ -491,3 +492,23 @@ def test_what_is_left_too_little_of_is_drawn_anew() -> None:
     assert drawn(0.5, 0.3).next(0, 1, [3, 9]) == (1, pytest.approx(math.log(0.3 / 0.46)))
     assert drawn(0.97, 0.01).next(0, 1, [3]) is None
     assert drawn(0.5, 0.3, illegal=[7]).next(0, 1, []) is None  # more is legal than was
+
+
+class RuledOut(torch.nn.Linear):
+    """A head by which the first two tokens never come."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat((super().forward(hidden)[..., :2] - torch.inf, super().forward(hidden)[..., 2:]), -1)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(delete_bias=-math.inf), Sampling(0, delete_bias=-math.inf), RandomDeletes(rates=((3, 0.0),))]
+)
+def test_where_only_a_blocked_delete_is_left_the_rollout_is_stuck(sampling: Sampling) -> None:
+    model, played = tiny(vocab_size=4), Rules({3: "token"}, frozenset([1]), "erase", "ban")
+    engine = Engine(model, played)
+    head = RuledOut(32, 4, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    (rollout,) = engine.run([[2]], Budget(6, 30), sampling, begun=[[2, 2, 3]])  # 2 is banned
+    assert (rollout.actions, rollout.end) == ([2, 2, 3], "stuck")

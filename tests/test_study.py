@@ -260,8 +260,24 @@ def test_a_policy_can_be_put_beside_the_twin_of_another(here: Path, runner: list
     assert "The twin of signs: 1,400 and 2,400" in text and "6 runs took 0.1 hours" in text
     assert "| keep | sampled |" not in text and "wins 2 of 2 comparisons; by both decodings on signs." in text
     changed = text.split("| changed |")[1].splitlines()[2:4]
-    assert [row.split(" | ")[0] for row in changed] == ["| signs, as above", "| signs, `delete.memory=keep`"]
+    assert [row.split(" | ")[0] for row in changed] == [
+        "| signs, as above",
+        "| signs, `delete.memory=keep`, `trainer.max_steps=5`",
+    ]
     assert changed[1].endswith(" | 90.5 ± 6.4 | 90.5 ± 6.4 | 50.5 ± 6.4, 50.5 ± 6.4 | 1.50, 1.50 |")
+
+
+def test_a_change_is_told_by_what_the_experiments_come_to(here: Path, runner: list[list[str]]) -> None:
+    other = ['delete.tokens={"<|back|>": token}', "warmup.steps=3", "warmup.steps=4"]
+    signs = {"config": "experiment.yaml", "set": ["delete.retry=free"]}
+    write_study(experiments={"signs": signs, "a": {"config": "experiment.yaml", "set": other, "twin": "signs"}})
+    ENDS["fail"].append("runs/s/a-1/policy")
+    call("study", "study.yaml")
+    (row,) = [line for line in Path("runs/s/results.md").read_text().splitlines() if line.startswith("| signs, `")]
+    expected = (
+        r"""| signs, `delete.tokens={"<\|back\|>": "token"}`, `delete.retry=ban`, `warmup.steps=4` (2 of 3 seeds) | """
+    )
+    assert row.startswith(expected)
 
 
 def records_of(here: Path) -> list[dict[str, Any]]:
