@@ -1,26 +1,30 @@
 """`python -m benchmarks.profile`: where the time of the rollouts goes, part by part.
 
 CPU time of the main thread, so that waiting for other processes does not count; each part without the parts
-inside it.
+inside it. Below them, what the matrix products alone would take.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
+from benchmarks.models import SIZES, VOCAB
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
-from rl_backspace.fused import Fused
+from rl_backspace.fused import PART, Fused
 
 REST = "bookkeeping: machines, rows, results"
 
@@ -89,6 +93,38 @@ def instrument() -> Clock:
     return clock
 
 
+def products(setting: Setting, typed: float) -> float:
+    """Seconds of CPU that the matrix products of such rollouts take when nothing else is done: those of the prompts,
+    and of a step for each of the `typed` tokens of a row, by caches as long as they are then."""
+    shape = SIZES[setting.size]
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    weights = [torch.randn(*size) for size in ((3 * width, width), (width, width), (8 * width, width))]
+    down, head = torch.randn(width, 4 * width), torch.randn(VOCAB, width)
+    caches = [
+        torch.randn(2, setting.batch * heads, setting.context, width // heads)
+        for _ in range(shape["num_hidden_layers"])
+    ]
+
+    def linear(hidden: Tensor) -> None:
+        for weight in weights:
+            F.linear(hidden, weight)
+        F.linear(wide[: len(hidden)], down)
+
+    wide, query = torch.randn(PART, 4 * width), torch.randn(setting.batch * heads, 1, width // heads)
+    one, part = torch.randn(setting.batch, width), torch.randn(PART, width)
+    started = time.thread_time()
+    for _ in range(setting.batch * setting.prompt // PART * len(caches)):
+        linear(part)
+    for step in range(round(typed)):
+        for keys, values in caches:
+            linear(one)
+            length = setting.prompt + step + 1
+            scores = torch.bmm(query, keys[:, :length].transpose(1, 2))
+            torch.bmm(scores, values[:, :length])
+        F.linear(one, head)
+    return time.thread_time() - started
+
+
 def main(repeats: int = 10) -> None:
     torch.set_num_threads(1)
     setting = Setting()
@@ -105,6 +141,13 @@ def main(repeats: int = 10) -> None:
         table.add_row(part, *cells)
     table.add_section()
     table.add_row("all", *(f"{1000 * total:.0f}  (100%)" for total in totals.values()))
+    with torch.inference_mode():
+        alone = [
+            statistics.median(products(setting, setting.actions * (1 - share)) for _ in range(repeats))
+            for share in (0.0, setting.deletes)
+        ]
+    cells = [f"{1000 * took:.0f}  ({took / total:4.0%})" for took, total in zip(alone, totals.values(), strict=True)]
+    table.add_row("matrix products alone", *cells)
     Console().print(table)
 
 
