@@ -6,6 +6,7 @@ inside it. Below them, what the matrix products alone would take.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -125,13 +126,20 @@ def products(setting: Setting, typed: float) -> float:
     return time.thread_time() - started
 
 
-def main(repeats: int = 10) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--size", choices=sorted(SIZES), default="1m")
+    given = parser.parse_args()
+    repeats = given.repeats
+    if repeats < 1:
+        parser.error(f"--repeats is {repeats}; expected at least 1")
     torch.set_num_threads(1)
-    setting = Setting()
+    setting = Setting(given.size)
     sides = {key: CASES[key].setup(setting)[0] for key in ("generate", "recompute")}
     clock = instrument()
     spent = {key: clock.measure(side, repeats) for key, side in sides.items()}
-    table = Table(title=f"ms of {setting.batch} rollouts of {setting.actions} actions, 1 thread")
+    table = Table(title=f"{setting.size}: ms of {setting.batch} rollouts of {setting.actions} actions, 1 thread")
     table.add_column("part")
     for key in sides:
         table.add_column(CASES[key].name, justify="right")
