@@ -371,7 +371,7 @@ class Engine:
         else:
             actions = sampling.choose(logits, wanted, rows, generator)
             if wanted is not logprobs:  # what is legal may all be ruled out by the bias
-                actions = torch.where(wanted.gather(1, actions[:, None])[:, 0].isfinite(), actions, -1)
+                actions = torch.where(wanted.gather(1, actions.clamp(min=0)[:, None])[:, 0].isfinite(), actions, -1)
             if self.keyboard is not None:
                 typed = self.keyboard.swap(actions.clamp(min=0), logprobs, generator)
                 actions = torch.where(actions < 0, actions, typed)

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, AliasPath, BaseModel, Field, PositiveFloat, ValidationError
 
-from rl_backspace.compare import Estimate
+from rl_backspace.compare import Estimate, differences
 from rl_backspace.config import Config, Seed, Strict, is_name, override, parse, read_yaml, validate
 from rl_backspace.controls import TRIES
 from rl_backspace.errors import UserError, one_line
@@ -568,24 +568,24 @@ class Change:
 
 def changes_of(pairs: Sequence[Pair]) -> dict[str, Change]:
     """By experiment, those that are beside another one's twin."""
-    configs = {pair.experiment: pair.config() for pair in pairs}
+    configs = {pair.experiment: _settings(pair.config()) for pair in pairs}
     found = {}
     for pair in pairs:
         if pair.beside is not None and pair.experiment not in found:
-            mine, theirs = (_settings(configs[name]) for name in (pair.experiment, pair.beside))
-            different = [f"{key}={value}" for key, value in mine.items() if theirs.get(key) != value]
-            different += [f"no {key}" for key in theirs if key not in mine]
-            found[pair.experiment] = Change(pair.beside, ", ".join(map(_code, different)) or "the same again")
+            told = differences([configs[pair.experiment], configs[pair.beside]])
+            texts = [_code(f"{key}={mine}") for key, (mine, _) in told]
+            found[pair.experiment] = Change(pair.beside, ", ".join(texts) or "the same again")
     return found
 
 
-def _settings(config: Config) -> dict[str, str]:
-    """Each setting of an experiment but its name, as `section.key`: value."""
-    found = {}
-    for section, content in config.model_dump(exclude={"name", "seed", "evaluation"}).items():
-        for key, value in content.items() if isinstance(content, dict) else [("", content)]:
-            found[f"{section}.{key}".rstrip(".")] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return found
+def _settings(config: Config) -> dict[str, Any]:
+    """Those of an experiment, by section; what a setting holds is told whole."""
+    return {
+        section: {key: json.dumps(value) if isinstance(value, dict) else value for key, value in content.items()}
+        if isinstance(content, dict)
+        else content
+        for section, content in config.model_dump(mode="json", exclude={"name", "seed", "evaluation"}).items()
+    }
 
 
 def _code(text: str) -> str:
