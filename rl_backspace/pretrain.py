@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rl_backspace.config import PretrainConfig
+from rl_backspace.errors import UserError, one_line
 from rl_backspace.plugins import load_task
 from rl_backspace.policy import load_base
 from rl_backspace.tasks import Row
@@ -73,7 +75,11 @@ def _new(config: PretrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
 
 
 def pretrain(config: PretrainConfig, out: Path) -> None:
-    """Train and save; prints the loss every hundred steps."""
+    """Train and save; prints the loss every hundred steps.
+
+    Raises:
+        UserError: there is no such base model or task, or the folder cannot be written.
+    """
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     model, tokenizer = _new(config) if config.model is None else load_base(config.model)
@@ -100,5 +106,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
             print(f"step {step}/{config.steps}  loss {total / 100:.4f}  {time.time() - started:.0f} s", flush=True)
             total = 0.0
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({one_line(error)}); make room, or choose another folder") from error

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from rl_backspace.config import PretrainConfig, parse_pretrain
 from rl_backspace.errors import UserError
@@ -37,3 +39,13 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
         pretrain(config(steps=1, model="arith-2m"), tmp_path / "out")
     with pytest.raises(UserError, match="layers: 'arith-1m' has a shape of its own; leave layers out"):
         config(model="arith-1m", layers=7)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("File too large")])
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"out: cannot be written \(.*(No space|too large).*\); make room, or"):
+        pretrain(config(steps=1), tmp_path / "out")
