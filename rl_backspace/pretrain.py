@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from rl_backspace.callbacks import StopOnInterrupt
 from rl_backspace.config import PretrainConfig
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.plugins import load_task
@@ -77,7 +78,10 @@ def _new(config: PretrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
 def pretrain(config: PretrainConfig, out: Path) -> None:
     """Train and save; prints the loss every hundred steps.
 
+    Ctrl-C lets the current step end, and what was learned is saved.
+
     Raises:
+        KeyboardInterrupt: it was stopped, and has been saved.
         UserError: there is no such base model or task, or the folder cannot be written.
     """
     torch.manual_seed(config.seed)
@@ -91,23 +95,30 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.05
     )
     started, total = time.time(), 0.0
-    for step in range(1, config.steps + 1):
-        source = rng.choices(rows, weights, k=config.batch)
-        ids, labels = (part.to(model.device) for part in batch([rng.choice(rows) for rows in source], tokenizer))
-        logits = model(ids).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % 100 == 0:
-            print(f"step {step}/{config.steps}  loss {total / 100:.4f}  {time.time() - started:.0f} s", flush=True)
-            total = 0.0
+    with StopOnInterrupt() as stop:
+        stop.training = True
+        for step in range(1, config.steps + 1):
+            source = rng.choices(rows, weights, k=config.batch)
+            ids, labels = (part.to(model.device) for part in batch([rng.choice(rows) for rows in source], tokenizer))
+            logits = model(ids).logits[:, :-1]
+            loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+            if step % 100 == 0:
+                print(f"step {step}/{config.steps}  loss {total / 100:.4f}  {time.time() - started:.0f} s", flush=True)
+                total = 0.0
+            if stop.asked:
+                break
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({one_line(error)}); make room, or choose another folder") from error
+    if stop.asked:
+        print(f"the model after {step} of {config.steps} steps is in {out}")
+        raise KeyboardInterrupt

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +51,20 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(UserError, match=r"out: cannot be written \(.*(No space|too large).*\); make room, or"):
         pretrain(config(steps=1), tmp_path / "out")
+
+
+def test_what_was_learned_is_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, clip, steps = signal.getsignal(signal.SIGINT), torch.nn.utils.clip_grad_norm_, []
+
+    def interrupted(*args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config(steps=50), tmp_path / "out")
+    assert len(steps) == 3
+    pretrain(config(steps=1, model=str(tmp_path / "out")), tmp_path / "on")
+    assert signal.getsignal(signal.SIGINT) is before
