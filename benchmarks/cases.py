@@ -94,7 +94,7 @@ def continuous_batching(setting: Setting) -> tuple[Side, Side]:
         return sum(len(rollout.visible) for rollout in engine.run(prompts, Budget(setting.actions, deletes=0)))
 
     def peer() -> int:
-        return peers.generate_batch(other, prompts, setting.actions)
+        return peers.generate_batch(other, prompts, [setting.actions] * len(prompts), setting.batch)
 
     expect(ours() == peer() == setting.batch * setting.actions, "both sides produce as many tokens")
     return ours, peer
@@ -110,15 +110,17 @@ class Until(Sampling):
         return [len(row.machine.visible) >= self.lengths[row.index] for row in rows]
 
 
-def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8) -> tuple[Side, Side]:
+def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8, continuous: bool = False) -> tuple[Side, Side]:
     """One answer in ten is `longer` times as long as the others, at random places: rows that finish make room for the
-    next prompt, while a batch of `model.generate` goes on until its longest row is done. No deletes."""
+    next prompt, while a batch of `model.generate` goes on until its longest row is done. No deletes. Or against
+    transformers' continuous batching, where they make room too."""
     short = max(1, setting.actions // longer)
     model = models.make(setting.size, 0.0, setting.prompt + short * longer)
     prompts = models.prompts(batches * setting.batch, setting.prompt)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     lengths = torch.full((len(prompts),), short)
     lengths[order[: len(prompts) // 10]] = short * longer
+    other = models.make(setting.size, 0.0, setting.prompt + short * longer)  # continuous batching changes its attention
     engine, listed = Engine(model, RULES, rows=setting.batch), prompts.tolist()
     sampling, budget = Until(lengths=tuple(lengths.tolist())), Budget(short * longer, deletes=0)
 
@@ -126,7 +128,9 @@ def skewed_rollouts(setting: Setting, batches: int = 8, longer: int = 8) -> tupl
         return sum(len(rollout.visible) for rollout in engine.run(listed, budget, sampling))
 
     def peer() -> int:
-        return peers.generate_skewed(model, prompts, lengths, setting.batch)
+        if continuous:
+            return peers.generate_batch(other, listed, lengths.tolist(), setting.batch)
+        return peers.generate_skewed(other, prompts, lengths, setting.batch)
 
     expect(ours() == peer() == int(lengths.sum()), "both sides produce as many tokens")
     return ours, peer
@@ -239,11 +243,34 @@ def shared_scoring(setting: Setting, group: int = 8) -> tuple[Side, Side]:
         model.zero_grad()
         return peers.score_flat(model, ids, actions).numel()
 
-    _, ours_grad = ours(), [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
-    _, peer_grad = peer(), [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
-    gap = max((a - b).abs().max().item() for a, b in zip(ours_grad, peer_grad, strict=True))
-    expect(gap < 1e-3, f"both sides have the same gradients (largest gap {gap:.1g})")
+    expect_equal_gradients(model, ours, peer)
     return ours, peer
+
+
+def adapted_scoring(setting: Setting) -> tuple[Side, Side]:
+    """Forward and backward of a model with a LoRA adapter, as in training, against PEFT's own layers and TRL's flat
+    sequences. No deletes, all prompts different."""
+    model = models.adapt(models.make(setting.size, 0.0, setting.context))
+    ids = models.prompts(setting.batch, setting.context)
+    rules, budget = Rules({}, eos=frozenset()), Budget(setting.actions)
+    ours = scoring_side(model, ids, setting.actions, rules, budget)
+
+    def peer() -> int:
+        model.zero_grad()
+        return peers.score_flat(model, ids, setting.actions).numel()
+
+    expect_equal_gradients(model, ours, peer)
+    return ours, peer
+
+
+def expect_equal_gradients(model: Any, ours: Side, peer: Side) -> None:
+    """Refuse to time two sides that leave different gradients in their model."""
+    found = []
+    for run in (ours, peer):
+        run()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    gap = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+    expect(gap < 1e-3, f"both sides have the same gradients (largest gap {gap:.1g})")
 
 
 def grpo_step(setting: Setting, deletes: float, prompt: int, actions: int, group: int = 8) -> tuple[Side, Side]:
@@ -418,6 +445,9 @@ CASES = {
     ),
     "continuous": Case("rollouts, no deletes", "generate_batch", 1.5, continuous_batching),
     "skewed": Case("rollouts, skewed lengths", "model.generate", 3.0, skewed_rollouts),
+    "continuous-skewed": Case(
+        "rollouts, skewed lengths", "generate_batch", 1.5, partial(skewed_rollouts, continuous=True)
+    ),
     "shared": Case("rollouts of 16, 8 to a prompt of 64", "model.generate", 1.5, shared_prompts),
     "deletes": Case("rollouts, 30 % deletes", "the same without", 0.95, cost_of_deletes),
     "recompute": Case(
@@ -440,6 +470,7 @@ CASES = {
     ),
     "vocabulary": Case("draws from 50,257 tokens", "softmax, torch.multinomial", 3.0, large_vocabulary),
     "shared-scoring": Case("scoring of 16, 8 to a prompt of 64", "each apart", 1.5, shared_scoring),
+    "adapted-scoring": Case("scoring, no deletes, LoRA", "PEFT's layers, flat", 1.2, adapted_scoring),
     "grpo": Case(
         "GRPO step of 64 after 32, 20 % deletes",
         "TRL's, none",

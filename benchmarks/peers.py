@@ -47,23 +47,31 @@ def generate(
     return out[:, prompts.shape[1] :]
 
 
-def generate_batch(model: PreTrainedModel, prompts: list[list[int]], answer: int) -> int:
-    """transformers' continuous batching (`generate_batch`) of the same; how many tokens came.
+def generate_batch(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int], batch: int) -> int:
+    """transformers' continuous batching, sampling for each prompt as many tokens as its length says, at most `batch`
+    prompts at once; how many tokens came.
 
-    With pages of 32 positions and room for all prompts at once, which on CPU it does not find out for itself.
+    With pages of 32 positions and room for `batch` of the longest, which on CPU it does not find out for itself.
     """
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=answer, pad_token_id=PAD, eos_token_id=-1
-    )
-    pages = -(-(len(prompts[0]) + answer) // PAGE) * len(prompts)
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=PAD, eos_token_id=-1)
+    pages = -(-(len(prompts[0]) + max(lengths)) // PAGE) * batch
     batching = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=2 * pages,
-        max_batch_tokens=len(prompts) * len(prompts[0]),
-        max_requests_per_batch=len(prompts),
+        max_batch_tokens=batch * len(prompts[0]),
+        max_requests_per_batch=batch,
     )
-    out = model.generate_batch(prompts, config, continuous_batching_config=batching, progress_bar=False)
-    return sum(len(one.generated_tokens) for one in out.values())
+    going, tokens = len(prompts), 0
+    with model.continuous_batching_context_manager(config, continuous_batching_config=batching, timeout=5) as manager:
+        for prompt, length in zip(prompts, lengths, strict=True):
+            manager.add_request(prompt, max_new_tokens=length)
+        while going:
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                going, tokens = going - 1, tokens + len(result.generated_tokens)
+            elif result is None and not manager.is_running():
+                raise RuntimeError("generate_batch ended before its requests did")
+    return tokens
 
 
 class Lengths(StoppingCriteria):

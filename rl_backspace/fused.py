@@ -1,20 +1,25 @@
-"""Llama-like models written out: the arithmetic of the stock layers in fewer and larger operations.
+"""Small models in fewer and larger operations: on CPU the number of operations is what their steps cost, and a LoRA
+adapter triples those of each linear layer. Equal to the models' own forward but for rounding.
 
-A small model's step on CPU is bound by the number of operations, and a LoRA adapter triples those of each linear layer.
-Here query, key and value weights are one matrix, gate and up too, with the adapter added to them and the norms' scales
-multiplied into them, once for all the steps of a run. Only for what is listed in `FAMILIES`, as it stands in
-transformers; everything else takes its own forward, to which this is equal but for rounding.
+In rollouts, Llama-like models are written out (`fuse`): query, key and value weights are one matrix, gate and up too,
+with the adapter added to them and the norms' scales multiplied into them, once for all the steps of a run. Only for
+what is listed in `FAMILIES`, as it stands in transformers; everything else takes its own forward.
+
+In training, any model's own forward is taken, in which layers with an adapter are one product (`adapters_joined`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache
 
@@ -25,7 +30,7 @@ FAMILIES = {
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
 PART = 512  # tokens of prompts at once: what a layer makes of them stays in the core's own cache
-MOST_WEIGHTS = 40_000_000  # they are copied for each run; a larger model's steps save less than that takes
+MOST_WEIGHTS = 40_000_000  # they are copied for each run or step; a larger model's steps save less than that takes
 Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out)."""
 
@@ -221,3 +226,78 @@ def _affine(module: Any) -> Affine:
         if name in module.lora_A:
             weight = weight + module.get_delta_weight(name)
     return weight, bias
+
+
+@contextlib.contextmanager
+def adapters_joined(model: nn.Module) -> Iterator[None]:
+    """Inside, linear layers with a LoRA adapter multiply by the sum of both, forward and backward; in small float32
+    models on CPU, where nothing but the plain adapter is there to be done."""
+    layers: list[Any] = [layer for layer in model.modules() if _name(layer) == LORA and _is_plain(layer)]
+    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # forward, but outside
+    if again or _has_any_global_hook():
+        layers = []
+    if sum(layer.base_layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
+        layers = []
+    try:
+        for layer in layers:
+            layer.forward = partial(_adapted, layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether all that a LoRA layer does is x (W + s B A)^T + b, with only A and B trained."""
+    base, active = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1 or type(base) is not nn.Linear:
+        return False
+    (name,) = active
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    weights = base.weight, down.weight, up.weight
+    return (
+        not (name in layer.lora_variant or layer.lora_bias.get(name))
+        and (type(dropout) is nn.Identity or not dropout.training)
+        and (type(down), type(up)) == (nn.Linear, nn.Linear)
+        and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in weights)
+        and base.weight.device.type == "cpu"
+        and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+        and not any(m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
+    )
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+    base, down, up = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+    out: Tensor = _Adapted.apply(x, base.weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Adapted(torch.autograd.Function):
+    """x (W + s B A)^T + b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        joined = torch.addmm(weight, up, down, alpha=scaling)
+        ctx.save_for_backward(x, joined, down, up)
+        ctx.scaling = scaling
+        return F.linear(x, joined, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, joined, down, up = ctx.saved_tensors
+        rows, out = x.flatten(0, -2), gradient.flatten(0, -2)
+        if joined.numel() <= 4 * (down.numel() + up.numel()):  # one large product is faster than four narrow ones
+            both = (out.t() @ rows).mul_(ctx.scaling)
+            of_down, of_up = up.t() @ both, both @ down.t()
+        else:
+            of_down = (out @ up).mul_(ctx.scaling).t() @ rows
+            of_up = out.t() @ (rows @ down.t()).mul_(ctx.scaling)
+        of_x = gradient @ joined if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_down, of_up, None

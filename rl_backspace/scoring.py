@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_backspace.backbone import attention_mask, causal_lm
+from rl_backspace.fused import adapters_joined
 from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Layout, Rules, layout
 
@@ -195,13 +196,14 @@ def distributions(model: nn.Module, packed: Packed) -> Tensor:
 
 def packed_logits(model: nn.Module, packed: Packed) -> Tensor:
     """The model's logits (R, keep, V) at every slot that chooses."""
-    return model(
-        input_ids=packed.input_ids,
-        attention_mask=attention_mask(causal_lm(model), packed.allowed),
-        position_ids=packed.position_ids,
-        use_cache=False,
-        logits_to_keep=packed.keep,
-    ).logits
+    with adapters_joined(model):
+        return model(
+            input_ids=packed.input_ids,
+            attention_mask=attention_mask(causal_lm(model), packed.allowed),
+            position_ids=packed.position_ids,
+            use_cache=False,
+            logits_to_keep=packed.keep,
+        ).logits
 
 
 def action_logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import naive
@@ -16,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 from rl_backspace import fused
 from rl_backspace.backbone import Backbone, PointerCache
 from rl_backspace.engine import GREEDY, Engine
-from rl_backspace.fused import fuse
+from rl_backspace.fused import adapters_joined, fuse
 from rl_backspace.semantics import Budget, Rules
 
 FUSED = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -27,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def lora(model: Any, **overrides: Any) -> Any:
     """With an adapter whose matrices are both random, so that it changes what the model says."""
     torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **overrides)).eval()
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **{"target_modules": TARGETS, **overrides})).eval()
     for name, weight in adapted.named_parameters():
         if "lora_" in name:
             nn.init.normal_(weight, std=0.2)
@@ -195,3 +196,81 @@ def test_a_hook_is_heard_in_rollouts() -> None:
     model.model.layers[1].register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     after = Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)
     assert before[0].actions != after[0].actions
+
+
+def joined(model: Any) -> int:
+    """How many of a model's layers are one product with their adapter."""
+    with adapters_joined(model):
+        return sum("forward" in vars(module) for module in model.modules() if hasattr(module, "lora_A"))
+
+
+def gradients(model: Any, inside: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradient of each trained weight of something made of all of them."""
+    ids = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    with adapters_joined(model) if inside else contextlib.nullcontext():
+        logits = model(ids).logits
+    (logits * torch.linspace(-1, 1, VOCAB)).sum().backward()  # outside, as a trainer does it
+    return logits.detach(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joined_adapters_are_the_same_adapters(family: str) -> None:
+    model = tiny(family)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight, std=0.3)
+    model = lora(model, target_modules="all-linear", trainable_token_indices=[5, 6])
+    plain = family != "GPT2"  # whose layers are transposed
+    assert (joined(model) > 0) == plain
+    stock, theirs = gradients(model, inside=False)
+    ours, mine = gradients(model, inside=True)
+    assert (stock - ours).abs().max() < 1e-5 * max(1.0, stock.abs().max().item())
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (gradient - mine[name]).abs().max() < 1e-4 * max(1.0, gradient.abs().max().item()), name
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_that_does_more_is_left_to_peft() -> None:
+    model = lora(tiny()).train()
+    layers = 7 * len(model.get_base_model().model.layers)
+    assert joined(model) == layers
+    with model.disable_adapter():
+        assert joined(model) == 0
+    assert joined(lora(tiny(), use_dora=True)) == joined(lora(tiny(), lora_bias=True)) == 0
+    dropping = lora(tiny(), lora_dropout=0.5)
+    assert (joined(dropping.eval()), joined(dropping.train())) == (layers, 0)
+    assert joined(lora(tiny().to(torch.bfloat16))) == 0
+    again = lora(tiny()).train()
+    again.get_base_model().gradient_checkpointing_enable()
+    assert joined(again) == 0
+    hooked = lora(tiny())
+    heard = hooked.get_base_model().model.layers[0].mlp.up_proj
+    heard.lora_B["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert joined(hooked) == layers - 1
+    heard.base_layer.weight.requires_grad_(True)  # more is trained than the adapter
+    assert joined(hooked) == layers - 1
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS))
+    model.base_model.set_adapter(["default", "other"])
+    assert joined(model) == 0
+    model.base_model.set_adapter("other")
+    assert joined(model) == layers
+    model.merge_adapter()
+    assert joined(model) == 0
+
+
+def test_autocast_inside_the_model_is_left_to_peft() -> None:
+    """As accelerate does it, in the model's own forward."""
+    model = lora(tiny())
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    (stock, theirs), (ours, mine) = gradients(model, inside=False), gradients(model, inside=True)
+    assert stock.dtype == torch.bfloat16 and torch.equal(stock, ours)
+    assert all(torch.equal(gradient, mine[name]) for name, gradient in theirs.items())
+
+
+def test_joined_adapters_are_parted_when_something_fails() -> None:
+    model = lora(tiny())
+    with pytest.raises(ZeroDivisionError), adapters_joined(model):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -176,7 +176,7 @@ def test_scores_what_it_sampled_and_rewards_see_what_is_visible(deleter: Policy,
     "fields",
     [
         {"num_iterations": 2, "max_steps": 4},
-        {"bf16": True, "use_cpu": True},
+        {"bf16": True, "use_cpu": True, "max_steps": 4},
         {"mask_truncated_completions": True},
         {"top_k": 3, "temperature": 0.8},
         {"gradient_checkpointing": True},
