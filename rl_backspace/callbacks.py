@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -66,8 +67,9 @@ class StopOnInterrupt(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._ask)
+        if threading.current_thread() is threading.main_thread():  # others get no signals, and may set no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:

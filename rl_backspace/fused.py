@@ -29,8 +29,9 @@ FAMILIES = {
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
+COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 PART = 512  # tokens of prompts at once: what a layer makes of them stays in the core's own cache
-MOST_WEIGHTS = 40_000_000  # they are copied for each run or step; a larger model's steps save less than that takes
+MOST_WEIGHTS = 40_000_000  # they are copied for each run or forward pass; a larger model saves less than that takes
 Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out)."""
 
@@ -231,53 +232,73 @@ def _affine(module: Any) -> Affine:
 @contextlib.contextmanager
 def adapters_joined(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers with a LoRA adapter multiply by the sum of both, forward and backward; in small float32
-    models on CPU, where nothing but the plain adapter is there to be done."""
-    layers: list[Any] = [layer for layer in model.modules() if _name(layer) == LORA and _is_plain(layer)]
-    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # forward, but outside
-    if again or _has_any_global_hook():
-        layers = []
+    models on CPU, where nothing but the plain adapter is there to be done. The sums are kept until backward."""
+    modules = list(model.modules())
+    layers: dict[Any, str] = {m: name for m in modules if _name(m) == LORA and (name := _plain_adapter(m)) is not None}
+    if any(map(_is_fixed, modules)) or _has_any_global_hook():
+        layers = {}
     if sum(layer.base_layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
-        layers = []
+        layers = {}
     try:
-        for layer in layers:
-            layer.forward = partial(_adapted, layer)
+        for layer, name in layers.items():
+            layer.forward = partial(_adapted, layer, name)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether all that a LoRA layer does is x (W + s B A)^T + b, with only A and B trained."""
-    base, active = layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
+def _is_fixed(module: nn.Module) -> bool:
+    """Whether what is below has to stay as it is: it runs once more in backward, or was compiled."""
+    compiled = module._compiled_call_impl is not None or _name(module) == COMPILED
+    return compiled or bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The adapter's name, where all that a LoRA layer does is x (W + s B A)^T + b, with W and b frozen."""
+    base, active = layer.base_layer, _active(layer)
     if layer.disable_adapters or layer.merged or len(active) != 1 or type(base) is not nn.Linear:
-        return False
+        return None
     (name,) = active
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     weights = base.weight, down.weight, up.weight
-    return (
-        not (name in layer.lora_variant or layer.lora_bias.get(name))
-        and (type(dropout) is nn.Identity or not dropout.training)
+    plain = (
+        type(layer).forward.__module__ == LORA[0]
+        and name not in layer.lora_variant
+        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
         and (type(down), type(up)) == (nn.Linear, nn.Linear)
+        and down.bias is up.bias is None
+        and type(layer.scaling[name]) in (int, float)
         and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in weights)
         and base.weight.device.type == "cpu"
         and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
         and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
         and not any(m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
     )
+    return name if plain else None
 
 
-def _adapted(layer: Any, x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
-    (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _adapted(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's forward with the adapter that was active when it was joined; PEFT's where something else is asked for
+    by now, or the sum would cost more than it saves."""
     base, down, up = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    out: Tensor = _Adapted.apply(x, base.weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-untyped-call]
-    return out
+    width = x.shape[-1]
+    changed = layer.disable_adapters or layer.merged or _active(layer) != [name] or args or kwargs
+    few = x.dim() < 2 or x.numel() // width * (width + len(up)) < base.weight.numel()
+    if changed or few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    out: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, width), base.weight, base.bias, down, up, layer.scaling[name]
+    )
+    return out.view(*x.shape[:-1], -1)
 
 
 class _Adapted(torch.autograd.Function):
-    """x (W + s B A)^T + b."""
+    """x (W + s B A)^T + b of x (n, in)."""
 
     @staticmethod
     def forward(
@@ -292,12 +313,11 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, joined, down, up = ctx.saved_tensors
-        rows, out = x.flatten(0, -2), gradient.flatten(0, -2)
         if joined.numel() <= 4 * (down.numel() + up.numel()):  # one large product is faster than four narrow ones
-            both = (out.t() @ rows).mul_(ctx.scaling)
+            both = (gradient.t() @ x).mul_(ctx.scaling)
             of_down, of_up = up.t() @ both, both @ down.t()
         else:
-            of_down = (out @ up).mul_(ctx.scaling).t() @ rows
-            of_up = out.t() @ (rows @ down.t()).mul_(ctx.scaling)
+            of_down = (gradient @ up).mul_(ctx.scaling).t() @ x
+            of_up = gradient.t() @ (x @ down.t()).mul_(ctx.scaling)
         of_x = gradient @ joined if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_down, of_up, None

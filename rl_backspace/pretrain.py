@@ -113,12 +113,13 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
                 total = 0.0
             if stop.asked:
                 break
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    try:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({one_line(error)}); make room, or choose another folder") from error
-    if stop.asked:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        try:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except (OSError, SafetensorError) as error:
+            said = f"cannot be written ({one_line(error)}); make room, or choose another folder"
+            raise UserError(f"{out}: {said}") from error
+    if step < config.steps:
         print(f"the model after {step} of {config.steps} steps is in {out}")
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -206,7 +207,7 @@ def joined(model: Any) -> int:
 
 def gradients(model: Any, inside: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits, and the gradient of each trained weight of something made of all of them."""
-    ids = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
     with adapters_joined(model) if inside else contextlib.nullcontext():
         logits = model(ids).logits
@@ -249,8 +250,15 @@ def test_an_adapter_that_does_more_is_left_to_peft() -> None:
     heard = hooked.get_base_model().model.layers[0].mlp.up_proj
     heard.lora_B["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
     assert joined(hooked) == layers - 1
-    heard.base_layer.weight.requires_grad_(True)  # more is trained than the adapter
-    assert joined(hooked) == layers - 1
+    other = hooked.get_base_model().model.layers[0].mlp.gate_proj
+    other.base_layer.weight.requires_grad_(True)  # more is trained than the adapter
+    assert joined(hooked) == layers - 2
+    other = hooked.get_base_model().model.layers[1].mlp.gate_proj
+    other.lora_B["default"].bias = nn.Parameter(torch.ones(other.out_features))
+    assert joined(hooked) == layers - 3
+    compiled = lora(tiny())
+    compiled.compile(backend="eager")
+    assert joined(compiled) == joined(torch.compile(lora(tiny()), backend="eager")) == 0
     model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS))
     model.base_model.set_adapter(["default", "other"])
     assert joined(model) == 0
@@ -267,6 +275,32 @@ def test_autocast_inside_the_model_is_left_to_peft() -> None:
     (stock, theirs), (ours, mine) = gradients(model, inside=False), gradients(model, inside=True)
     assert stock.dtype == torch.bfloat16 and torch.equal(stock, ours)
     assert all(torch.equal(gradient, mine[name]) for name, gradient in theirs.items())
+
+
+class InPlace(nn.Module):
+    """Changes what a layer with a bias gave it, as OLMo does, and takes its adapter off for a part."""
+
+    def __init__(self, part: str):
+        super().__init__()
+        self.inner, self.part = nn.Linear(8, 8), part
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = nn.functional.one_hot(ids % 8, 8).float()
+        x = {"batch": x, "one row": x[:1, :1], "no rows": x[:0], "a vector": x[0, 0]}[self.part]
+        with_adapter = self.inner(x).clamp_(min=0.1)
+        self.inner.enable_adapters(False)
+        without = self.inner(x).clamp_(min=0.1)
+        self.inner.enable_adapters(True)
+        return SimpleNamespace(logits=(with_adapter - without).sum() * torch.ones(VOCAB))
+
+
+@pytest.mark.parametrize("part", ["batch", "one row", "no rows", "a vector"])
+def test_a_joined_layer_is_used_as_any_other(part: str) -> None:
+    model = lora(InPlace(part), target_modules=["inner"])
+    (stock, theirs), (ours, mine) = gradients(model, inside=False), gradients(model, inside=True)
+    assert joined(model) == 1 and mine.keys() == theirs.keys()
+    assert (stock - ours).abs().max() < 1e-5
+    assert all((gradient - mine[name]).abs().max() < 1e-4 for name, gradient in theirs.items())
 
 
 def test_joined_adapters_are_parted_when_something_fails() -> None:

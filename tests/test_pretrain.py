@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +55,27 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, er
         pretrain(config(steps=1), tmp_path / "out")
 
 
-def test_what_was_learned_is_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, clip, steps = signal.getsignal(signal.SIGINT), torch.nn.utils.clip_grad_norm_, []
+def test_it_runs_in_any_thread(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pretrain, config(steps=1), tmp_path / "out").result()
+    load_base(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("steps", [3, 50])
+def test_what_was_learned_is_kept_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    before, clip, taken = signal.getsignal(signal.SIGINT), torch.nn.utils.clip_grad_norm_, []
 
     def interrupted(*args: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 3:
+        taken.append(1)
+        if len(taken) == 3:
             signal.raise_signal(signal.SIGINT)
         return clip(*args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(config(steps=50), tmp_path / "out")
-    assert len(steps) == 3
+    with pytest.raises(KeyboardInterrupt) if steps > 3 else contextlib.nullcontext():
+        pretrain(config(steps=steps), tmp_path / "out")
+    assert len(taken) == 3
     pretrain(config(steps=1, model=str(tmp_path / "out")), tmp_path / "on")
     assert signal.getsignal(signal.SIGINT) is before
