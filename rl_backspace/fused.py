@@ -158,9 +158,7 @@ def fuse(causal: Any, capacity: int) -> Fused | None:
         return None
     if torch.is_autocast_enabled("cpu") or sum(p.numel() for p in body.layers.parameters()) > MOST_WEIGHTS:
         return None
-    # somebody has changed what it does, or transformers and PEFT have left hooks there that do nothing any more
-    hooked = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in body.modules())
-    if hooked or _has_any_global_hook():
+    if any(map(_is_changed, body.modules())) or _has_any_global_hook():
         return None
     layers = body.layers[: causal.config.num_hidden_layers]
     parts = [body, *layers, *(part for layer in layers for part in layer.children())]
@@ -174,6 +172,11 @@ def fuse(causal: Any, capacity: int) -> Fused | None:
 
 def _name(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Somebody has changed what it does, or transformers and PEFT have left hooks there that do nothing any more."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _lay_out(layer: Any, first: Any) -> _Layer:
@@ -221,11 +224,10 @@ def _affine(module: Any) -> Affine:
         if module.merged:  # its forward takes the adapter out again
             raise _Other
         return weight, bias
-    for name in () if module.merged else module.active_adapters:
-        if name in module.lora_variant or module.lora_bias.get(name):
+    for name in () if module.merged else _active(module):
+        if name in module.lora_variant or module.lora_B[name].bias is not None:
             raise _Other
-        if name in module.lora_A:
-            weight = weight + module.get_delta_weight(name)
+        weight = weight + module.get_delta_weight(name)
     return weight, bias
 
 
@@ -272,8 +274,7 @@ def _plain_adapter(layer: Any) -> str | None:
         and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in weights)
         and base.weight.device.type == "cpu"
         and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
-        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
-        and not any(m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
+        and not any(_is_changed(m) or m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
     )
     return name if plain else None
 

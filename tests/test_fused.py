@@ -114,6 +114,9 @@ def test_what_is_not_stock_runs_its_own_forward() -> None:
         assert fuse(tiny(), 8) is None
     assert fuse(lora(tiny(), use_dora=True).get_base_model(), 8) is None
     assert fuse(lora(tiny(), lora_bias=True).get_base_model(), 8) is None
+    biased = lora(tiny()).get_base_model()
+    biased.model.layers[1].mlp.up_proj.lora_B["default"].bias = nn.Parameter(torch.ones(1))
+    assert fuse(biased, 8) is None
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: output)
     assert fuse(tiny(), 8) is None
     hook.remove()
