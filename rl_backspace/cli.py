@@ -312,7 +312,7 @@ def pretrain(
     from rl_backspace.folder import refuse_existing
 
     parsed = parse_pretrain(read_yaml(config))
-    refuse_existing(out)
+    refuse_existing(out, how="")
     from rl_backspace.pretrain import pretrain as run
 
     run(parsed, out)

@@ -97,7 +97,7 @@ def export(run: Path, out: Path, merge: bool) -> None:
         UserError: no finished run, the folder is taken or cannot be written, or there is no adapter.
     """
     folder = RunFolder.open(run)
-    refuse_existing(out)
+    refuse_existing(out, how="")
     policy = load(folder.policy)
     policy.critic = None  # of no use without training
     if policy.whole and not merge:

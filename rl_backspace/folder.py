@@ -203,8 +203,8 @@ def policy_folder(run: Path, config: Config) -> Path:
     return run / ("model" if config.lora is None else "adapter")
 
 
-def refuse_existing(path: Path) -> None:
-    """Nothing is ever overwritten.
+def refuse_existing(path: Path, how: str = " with --out") -> None:
+    """Nothing is ever overwritten; `how`: by which option another folder is chosen, if not as the argument that it was.
 
     Raises:
         UserError: the path is a file, a folder that is not empty, or one that cannot be made.
@@ -213,15 +213,15 @@ def refuse_existing(path: Path) -> None:
         _refuse_impossible(path)
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except OSError as error:
-        raise UserError(f"{path}: cannot be a folder: {error.strerror}; choose another with --out") from error
+        raise UserError(f"{path}: cannot be a folder: {error.strerror}; choose another{how}") from error
     if taken and (path / "config.yaml").exists() and not (path / "summary.json").exists():
         kept = path / ("model" if (path / "model").exists() else "adapter")
         raise UserError(
             f"{path}: already there, and the run in it did not finish; its {kept.name}, if any, is in "
-            f"{kept}; choose another folder with --out, or remove this one"
+            f"{kept}; choose another folder{how}, or remove this one"
         )
     if taken:
-        raise UserError(f"{path}: already there and not empty; choose another folder with --out, or another name")
+        raise UserError(f"{path}: already there and not empty; choose another folder{how}")
 
 
 def _refuse_impossible(path: Path) -> None:

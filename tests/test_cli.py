@@ -38,6 +38,8 @@ from rl_backspace.pretrain import character_tokenizer
 from rl_backspace.semantics import Budget, Machine, Retry, Rules, Unit, replay
 from rl_backspace.tasks import signs
 
+BASE_OF_ARITH = Path(__file__).parents[1] / "experiments" / "bases" / "arith-1m.yaml"
+
 ANSWER, ACTIONS = 5, 14
 LENGTH = "def length(completions):\n    return [float(len(text)) for text in completions]\n"
 
@@ -390,7 +392,8 @@ def test_no_steps_of_rl_are_a_warm_up_alone(
         (["generate", "{run}", "--tokens", "0"], "--tokens"),
         (["generate", "{run}", "--tokens", "500"], "the model's limit is 128"),
         (["generate", "{run}", "--window", "-1"], "--window"),
-        (["export", "{run}", "{run}"], "already there and not empty"),
+        (["export", "{run}", "{run}"], "already there and not empty; choose another folder\n"),
+        (["pretrain", str(BASE_OF_ARITH), "{run}"], "not empty; choose another folder\n"),
         (["export", "/nowhere", "x"], "/nowhere: no finished run here"),
         (["eval"], "RUN"),
         (["evaluate", "{run}"], "No such command 'evaluate'"),
@@ -399,7 +402,7 @@ def test_no_steps_of_rl_are_a_warm_up_alone(
 )
 def test_bad_commands_on_a_run_leave_it_alone(arguments: list[str], said: str, run: Path) -> None:
     (error,) = assert_refused(run, *(argument.format(run=run) for argument in arguments))
-    assert said in error
+    assert said in f"{error}\n"
 
 
 def test_a_run_that_was_cut_short_is_no_run(here: Path) -> None:
