@@ -63,6 +63,7 @@ COLUMNS = (
 )
 KEPT = "study.yaml"
 MARKS = ("<!-- study -->", "<!-- /study -->")
+LONGER = 1.03  # what a twin is to be trained on, over what it needs: its answers may get shorter in training
 TWIN = ("delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "warmup.group=1")
 
 
@@ -116,7 +117,7 @@ class Pair:
 
         Its warm-up sees as many answers in a step, each of another prompt, and has no KL term, which is there to mend
         what deleting does. Its steps are the policy's, times what the policy's examples and rollouts were longer than
-        its own will be: than the shorter of reference answers and the base model's.
+        its own will be: than the shorter of reference answers and the base model's, and `LONGER`.
         """
         summary, warmup = _summary(policy), self.config().warmup
         length = min(summary.reference_actions, summary.base_actions)
@@ -124,13 +125,13 @@ class Pair:
         if warmup.steps:
             batch = warmup.trainer.get("per_device_train_batch_size", WARMUP_DEFAULTS["per_device_train_batch_size"])
             examples = warmup.steps * warmup.group * batch * warmup.trainer.get("gradient_accumulation_steps", 1)
-            longer = max(1, summary.warmup_actions / examples / length)
+            longer = max(1, LONGER * summary.warmup_actions / examples / length)
             changes += [
                 f"warmup.steps={math.ceil(warmup.steps * longer)}",
                 f"warmup.trainer.per_device_train_batch_size={batch * warmup.group}",
             ]
         if summary.steps:
-            longer = max(1, summary.actions / max(1, summary.rollouts) / length)
+            longer = max(1, LONGER * summary.actions / max(1, summary.rollouts) / length)
             changes.append(f"trainer.max_steps={math.ceil(summary.steps * longer)}")
         spent = max(_controls(policy)[how]["arms"]["allowed"]["actions_per_answer"] for how in DECODINGS)
         return [*changes, f"evaluation.controls={max(TRIES, math.ceil(1.5 * spent / length))}"]
@@ -310,9 +311,24 @@ def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:
         raise UserError(
             f"{place}: a twin whose policy {policy} is not there; remove the twin, or bring the policy back"
         )
-    if not is_config(place / "config.yaml", pair.config(pair.twin(policy) if policy else [])):
+    wanted = pair.config(pair.twin(policy) if policy else [])
+    if not is_config(place / "config.yaml", wanted) and not (policy and _is_long_enough(place, wanted, policy)):
         raise UserError(f"{place}: made with another config, since the study or its experiment changed; give --out")
     return True
+
+
+def _is_long_enough(place: Path, wanted: Config, policy: Path) -> bool:
+    """Whether a twin was trained on no fewer actions than its policy, and has another config than the wanted one only
+    in its numbers of steps."""
+    try:
+        found = parse(read_yaml(place / "config.yaml"))
+    except UserError:
+        return False
+    ours, theirs = _summary(policy), _summary(place)
+    steps = {key: value for key, value in wanted.trainer.items() if key == "max_steps"}
+    warmup = found.warmup.model_copy(update={"steps": wanted.warmup.steps})
+    same = found.model_copy(update={"warmup": warmup, "trainer": {**found.trainer, **steps}}) == wanted
+    return same and theirs.warmup_actions >= ours.warmup_actions and theirs.actions >= ours.actions
 
 
 # what came out

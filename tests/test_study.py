@@ -117,8 +117,8 @@ def test_a_study_runs_policies_and_then_twins_that_train_no_less(here: Path, run
         assert twin[-1] == f"runs/s/signs-{seed}/twin" and f"seed={seed}" in twin
         assert {"delete.tokens={}", "warmup.clean=1", "warmup.beta=0", "evaluation.controls=8"} <= set(twin)
         assert {"warmup.group=1", "warmup.trainer.per_device_train_batch_size=8"} <= set(twin)
-        assert "warmup.steps=19" in twin  # 10 steps; 600 actions of 80 examples, but its own take 4: 18.75
-        assert "trainer.max_steps=16" in twin  # 6 steps; 1000 actions of 96 rollouts, but its own take 4: 15.6
+        assert "warmup.steps=20" in twin  # 10 steps; 600 actions of 80 examples, but its own take 4: 18.75, and 3 %
+        assert "trainer.max_steps=17" in twin  # 6 steps; 1000 actions of 96 rollouts, but its own take 4: 15.6, and 3 %
 
 
 def test_accumulation_and_short_answers_of_the_policy_take_no_steps_away(here: Path, runner: list[list[str]]) -> None:
@@ -168,6 +168,28 @@ def test_more_seeds_can_be_added_and_another_experiment_is_refused(here: Path, r
     write_study(seeds=[0], experiments={"signs": entry})
     result = call("study", "study.yaml")
     assert result.code == 2 and "runs/s/signs-0/policy: made with another config" in result.err
+
+
+def test_a_twin_of_other_steps_counts_if_it_was_trained_on_no_less(here: Path, runner: list[list[str]]) -> None:
+    write_study(seeds=[0])
+    assert call("study", "study.yaml").code == 0
+    twin = here / "runs/s/signs-0/twin"
+    config, summary = (
+        yaml.safe_load((twin / "config.yaml").read_text()),
+        json.loads((twin / "summary.json").read_text()),
+    )
+    config["warmup"]["steps"], config["trainer"]["max_steps"] = 19, 16
+    (twin / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call("study", "study.yaml").code == 0 and len(runner) == 2
+    for key in ("warmup_actions", "actions"):
+        (twin / "summary.json").write_text(json.dumps({**summary, key: 10}))
+        result = call("study", "study.yaml")
+        assert result.code == 2 and "signs-0/twin: made with another config" in result.err
+    (twin / "summary.json").write_text(json.dumps(summary))
+    for other in (yaml.safe_dump({**config, "seed": 1}), "name: ["):
+        (twin / "config.yaml").write_text(other)
+        result = call("study", "study.yaml")
+        assert result.code == 2 and "signs-0/twin: made with another config" in result.err and len(runner) == 2
 
 
 def test_a_run_that_fails_is_told_and_the_others_count(here: Path, runner: list[list[str]]) -> None:
