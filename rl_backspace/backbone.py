@@ -157,12 +157,12 @@ class Backbone:
                 limits.append(part.get("original_max_position_embeddings"))
         return min([limit for limit in limits if limit], default=2**31)
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """Hidden states (B, P, H) and keys/values of right-padded prompts (B, P)."""
+    def prefill(self, ids: Tensor, first: int = 0) -> tuple[Tensor, DynamicCache]:
+        """Hidden states (B, P - first, H) from position `first` on, and keys/values, of right-padded prompts (B, P)."""
         cache = DynamicCache()  # without the config, so that no layer drops what lies before its window
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state, cache
+        return out.last_hidden_state[:, first:], cache
 
     def fastest(self, capacity: int) -> Backbone | Fused:
         """What does `prefill` and `decode` fastest for the model as it is now and rows of up to `capacity` tokens."""

@@ -517,14 +517,15 @@ class _Batch:
         source = source.to(self.backbone.device)
         longest = max(map(len, distinct))
         ids = torch.tensor([[*context, *[context[-1]] * (longest - len(context))] for context in distinct])
-        hidden, prefilled = self.network.prefill(ids.to(self.backbone.device))
+        anchor = min(len(row.prompt) for row in new) - 1  # nothing goes back before a prompt's end
+        hidden, prefilled = self.network.prefill(ids.to(self.backbone.device), anchor)
         if self.cache is None or self.hidden is None:
             self.cache = PointerCache(prefilled, self.size, self.capacity)
             self.hidden = hidden.new_zeros(self.size, 0, hidden.shape[-1])
         first = len(self.rows)
         self.cache.fill(first, prefilled, source)
         self._grow()
-        self.hidden[first : first + len(new), :longest] = hidden[source]
+        self.hidden[first : first + len(new), anchor:longest] = hidden[source]
         self.rows += new
         self.fed = None
 

@@ -75,10 +75,10 @@ class Fused:
         self.cos = cos[0]
         self.sin = torch.cat((-sin[0, :, : self.half], sin[0, :, self.half :]), -1)  # of x rolled by half: rotate_half
 
-    def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """Hidden states (B, P, H) and keys/values of right-padded prompts (B, P)."""
+    def prefill(self, ids: Tensor, first: int = 0) -> tuple[Tensor, DynamicCache]:
+        """Hidden states (B, P - first, H) from position `first` on, and keys/values, of right-padded prompts (B, P)."""
         rows, length = ids.shape
-        hidden = self.mean.new_empty(rows, length, len(self.mean))
+        hidden = self.mean.new_empty(rows, length - first, len(self.mean))
         sizes = (rows, self.groups, length, self.width)
         states = [(hidden.new_empty(sizes), hidden.new_empty(sizes)) for _ in self.layers]
         for part in torch.arange(rows).split(max(1, PART // length)):
@@ -93,15 +93,26 @@ class Fused:
         rows, length = ids.shape
         cos, sin = self.cos[:length, None], self.sin[:length, None]
         hidden = self.embed(ids).reshape(rows * length, -1).clone()
+        wanted = out.shape[1]  # of the last layer; before them it only has keys and values
+        mask = None if wanted == length else torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
         for layer, (keys, values) in zip(self.layers, states, strict=True):
             turned, value = self._project(layer, hidden, (rows, length), cos, sin)
             query, key = turned.transpose(1, 2).split([self.heads, self.groups], 1)
             keys.copy_(key)
             values.copy_(value.transpose(1, 2))
+            last = layer is self.layers[-1] and mask is not None
+            if last:
+                query, hidden = query[:, :, -wanted:], hidden.view(rows, length, -1)[:, -wanted:].flatten(0, 1)
             seen = F.scaled_dot_product_attention(
-                query, keys, values, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
+                query,
+                keys,
+                values,
+                attn_mask=mask if last else None,
+                is_causal=not last,
+                scale=self.scale,
+                enable_gqa=self.heads != self.groups,
             )
-            self._finish(layer, hidden, seen.transpose(1, 2).reshape(rows * length, -1))
+            self._finish(layer, hidden, seen.transpose(1, 2).reshape(len(hidden), -1))
         out.copy_(self.norm(hidden).view_as(out))
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: Any) -> Tensor:
