@@ -204,7 +204,10 @@ def policy_folder(run: Path, config: Config) -> Path:
 
 
 def refuse_existing(path: Path, how: str = " with --out") -> None:
-    """Nothing is ever overwritten; `how`: by which option another folder is chosen, if not as the argument that it was.
+    """Nothing is ever overwritten.
+
+    Args:
+        how: another folder is chosen; empty where it is an argument of the command.
 
     Raises:
         UserError: the path is a file, a folder that is not empty, or one that cannot be made.

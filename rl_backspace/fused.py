@@ -93,15 +93,14 @@ class Fused:
         rows, length = ids.shape
         cos, sin = self.cos[:length, None], self.sin[:length, None]
         hidden = self.embed(ids).reshape(rows * length, -1).clone()
-        wanted = out.shape[1]  # of the last layer; before them it only has keys and values
-        mask = None if wanted == length else torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
+        wanted = out.shape[1]  # of the last layer, which has only keys and values of what is before them
+        mask = torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
         for layer, (keys, values) in zip(self.layers, states, strict=True):
             turned, value = self._project(layer, hidden, (rows, length), cos, sin)
             query, key = turned.transpose(1, 2).split([self.heads, self.groups], 1)
             keys.copy_(key)
             values.copy_(value.transpose(1, 2))
-            last = layer is self.layers[-1] and mask is not None
-            if last:
+            if last := layer is self.layers[-1]:
                 query, hidden = query[:, :, -wanted:], hidden.view(rows, length, -1)[:, -wanted:].flatten(0, 1)
             seen = F.scaled_dot_product_attention(
                 query,
