@@ -164,7 +164,8 @@ def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
     model = models.make(setting.size, setting.deletes, setting.context)
     prompts, budget = models.prompts(setting.batch, setting.prompt), Budget(setting.actions, setting.actions)
     rollouts = Engine(model, RULES, rows=setting.batch).run(prompts.tolist(), budget)
-    ids = torch.cat((prompts, torch.tensor([rollout.actions for rollout in rollouts])), 1)
+    traces = torch.tensor([rollout.actions for rollout in rollouts], device=prompts.device)
+    ids = torch.cat((prompts, traces), 1)
 
     ours = scoring_side(model, ids, setting.actions, RULES, budget)
     peer = flat_side(model, ids, setting.actions)
@@ -337,7 +338,7 @@ def packed_scoring(setting: Setting, apart: int = 4, chunk: int = 16) -> tuple[S
     budget = Budget(answer=setting.actions, actions=setting.actions)
     rollouts = Engine(model, RULES, rows=setting.batch).run(prompts, budget)
     traces = [rollout.actions for rollout in rollouts]
-    ids = torch.tensor([prompt + trace for prompt, trace in zip(prompts, traces, strict=True)])
+    ids = torch.tensor([prompt + trace for prompt, trace in zip(prompts, traces, strict=True)], device=models.DEVICE)
     real = torch.ones_like(ids)
 
     ours = scoring_side(model, ids, setting.actions, RULES, budget)
@@ -371,14 +372,14 @@ def packed_warmup(
     dataset, _ = make_corrections(policy, task(), budget, WARMUP, steps * prompts, seed=0)
     batches = [[dataset[at] for at in range(first, first + prompts)] for first in range(0, len(dataset), prompts)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, use_cpu=True, report_to=[])
+        arguments = TrainingArguments(folder, use_cpu=models.DEVICE == "cpu", report_to=[])
         trainer = WarmupTrainer(policy, budget, arguments, dataset, callbacks=[])
 
     def ours() -> int:
         learned = 0
         for batch in batches:
             model.zero_grad()
-            inputs = trainer.collate(batch)
+            inputs = on_device(trainer.collate(batch))
             trainer.compute_loss(model, inputs).backward()
             learned += int(inputs["learn"].sum())
         return learned
@@ -396,7 +397,7 @@ def packed_warmup(
         return learned
 
     with torch.no_grad():
-        inputs = trainer.collate(batches[0])
+        inputs = on_device(trainer.collate(batches[0]))
         packed = pack(inputs["input_ids"], inputs["attention_mask"], inputs["learn"].shape[1], WARMUP_RULES, budget)
         together = score(model, replace(packed, actions=inputs["targets"]))[0][inputs["learn"].bool()]
         gap = (together.double().sum() - apart(batches[0], grad=False).double().sum()).abs().item()
@@ -411,6 +412,7 @@ def packed_warmup(
 def large_vocabulary(setting: Setting, vocabulary: int = 50_257, draws: int = 10) -> tuple[Side, Side]:
     """One token for each row of the batch from a vocabulary such as GPT-2's, as `generate` draws it."""
     logits = 3 * torch.randn(setting.batch, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits = logits.to(models.DEVICE)
     logprobs, sampling = logits.log_softmax(-1), Sampling()
 
     def side(drawn: Callable[[], Tensor]) -> Side:
@@ -435,6 +437,10 @@ def start_up(setting: Setting) -> tuple[Side, Side]:
         return run
 
     return side("-m", "rl_backspace", "train", "experiments/arith.yaml", "--dry-run"), side("-c", imports)
+
+
+def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(models.DEVICE) for name, tensor in inputs.items()}
 
 
 def expect(holds: bool, what: str) -> None:

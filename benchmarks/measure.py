@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 Side = Callable[[], int]
@@ -67,7 +68,7 @@ class Peaks:
 
 def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = lambda: None) -> Comparison:
     """Run both sides once unmeasured, then `repeats` (at least 2) times each, who goes first changing each time."""
-    sides = {"ours": ours, "peer": peer}
+    sides = {"ours": finished(ours), "peer": finished(peer)}
     timings = {name: Timing([], [], []) for name in sides}
     for side in sides.values():
         side()
@@ -83,10 +84,27 @@ def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = 
     return Comparison(timings["ours"], timings["peer"])
 
 
+def finished(side: Side) -> Side:
+    """The side, whose work on a GPU is done when it returns."""
+
+    def run() -> int:
+        work = side()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return work
+
+    return run
+
+
 def peak(side: Side) -> int:
     """Bytes of tensors that a run of `side` has at once, at most, beyond those that were there before it."""
     side()
     gc.collect()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         side()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]

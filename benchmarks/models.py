@@ -12,6 +12,7 @@ SIZES = {
     "30m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
 VOCAB, PAD, EOS, DELETE = 128, 0, 1, 127
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedModel:
@@ -38,12 +39,12 @@ def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedMo
         bias[DELETE] = torch.tensor(deletes / (1 - deletes) * (VOCAB - 1)).log()
         model.lm_head.bias = nn.Parameter(bias)
     model.generation_config.eos_token_id = None  # nothing ends an answer, in `generate` neither
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def prompts(rows: int, length: int, seed: int = 1) -> Tensor:
     """Random prompts (rows, length), all different, without special tokens."""
-    return torch.randint(2, DELETE, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, DELETE, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def adapt(model: PreTrainedModel) -> PeftModel:

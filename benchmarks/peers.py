@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.models import DELETE, EOS, PAD, VOCAB, adapt, make
+from benchmarks.models import DELETE, DEVICE, EOS, PAD, VOCAB, adapt, make
 from rl_backspace.corrections import Correction
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
@@ -78,7 +78,7 @@ class Lengths(StoppingCriteria):
     """Ends each row when it has as many tokens as it is to have."""
 
     def __init__(self, prompt: int, lengths: Tensor):
-        self.ends = prompt + lengths
+        self.ends = (prompt + lengths).to(DEVICE)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids.shape[1] >= self.ends
@@ -108,7 +108,8 @@ def crop(model: PreTrainedModel, prompt: list[int], actions: int) -> list[int]:
     feed = list(prompt)
     while len(trace) < actions:
         if feed:
-            out = model(input_ids=torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([feed], device=DEVICE)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             seen.append(out.logits[0, -1].float())
         logits = seen[-1].clone()
         if len(seen) == 1 or len(trace) + 1 == actions:
@@ -137,9 +138,9 @@ def backtrack_sampler(model: PreTrainedModel, prompt: list[int], actions: int) -
 
         def on_logits(self, logits: Tensor, tokens: list[int]) -> Tensor:
             if len(trace) + 1 == actions:
-                return torch.full_like(logits, -torch.inf).index_fill_(-1, torch.tensor(EOS), 0.0)
+                return torch.full_like(logits, -torch.inf).index_fill_(-1, torch.tensor(EOS, device=DEVICE), 0.0)
             blocked = [EOS, DELETE] if not tokens else [EOS]
-            return logits.index_fill(-1, torch.tensor(blocked), -torch.inf)
+            return logits.index_fill(-1, torch.tensor(blocked, device=DEVICE), -torch.inf)
 
         def on_probs(self, probs: Tensor, tokens: list[int]) -> Tensor:
             return probs
@@ -166,7 +167,7 @@ def recompute(model: PreTrainedModel, prompt: list[int], actions: int) -> list[i
     visible: list[int] = []
     trace: list[int] = []
     while len(trace) < actions:
-        context = torch.tensor([prompt + visible])
+        context = torch.tensor([prompt + visible], device=DEVICE)
         logits = model(input_ids=context, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         if not visible or len(trace) + 1 == actions:
             logits[DELETE] = -torch.inf
@@ -204,12 +205,13 @@ def score_prefixes(
         for step, (context, action) in enumerate(zip(contexts(prompt, trace), trace, strict=True))
     ]
     order = sorted(range(len(work)), key=lambda i: len(work[i][0]))
-    out = torch.empty(len(work))
+    out = torch.empty(len(work), device=DEVICE)
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
         longest = len(work[part[-1]][0])
-        ids = torch.tensor([[PAD] * (longest - len(work[i][0])) + work[i][0] for i in part])
-        mask = torch.tensor([[0] * (longest - len(work[i][0])) + [1] * len(work[i][0]) for i in part])
+        padding = [longest - len(work[i][0]) for i in part]
+        ids = torch.tensor([[PAD] * n + work[i][0] for n, i in zip(padding, part, strict=True)], device=DEVICE)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=DEVICE)
         with torch.set_grad_enabled(grad):
             logits = model(
                 input_ids=ids,
@@ -218,12 +220,13 @@ def score_prefixes(
                 use_cache=False,
                 logits_to_keep=1,
             ).logits[:, -1]
-            blocked = torch.tensor([i for i, j in enumerate(part) if work[j][2]], dtype=torch.long)
-            logits = logits.float().index_put((blocked, torch.tensor(DELETE)), torch.tensor(-torch.inf))
-            chosen = logits.log_softmax(-1).gather(1, torch.tensor([[work[i][1]] for i in part]))[:, 0]
+            blocked = torch.tensor([i for i, j in enumerate(part) if work[j][2]], dtype=torch.long, device=DEVICE)
+            illegal = blocked, torch.tensor(DELETE, device=DEVICE)
+            logits = logits.float().index_put(illegal, logits.new_tensor(-torch.inf))
+            chosen = logits.log_softmax(-1).gather(1, torch.tensor([[work[i][1]] for i in part], device=DEVICE))[:, 0]
             if grad:
                 chosen.sum().backward()
-        out[torch.tensor(part)] = chosen.detach()
+        out[part] = chosen.detach()
     return out
 
 
@@ -262,7 +265,7 @@ def grpo_trainer(
         beta=0.0,
         bf16=False,
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -337,18 +340,18 @@ def score_branches(model: PreTrainedModel, sequences: list[Branch], chunk: int, 
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
         longest = len(part[-1].ids)
-        ids = torch.tensor([branch.ids + [PAD] * (longest - len(branch.ids)) for branch in part])
+        ids = torch.tensor([branch.ids + [PAD] * (longest - len(branch.ids)) for branch in part], device=DEVICE)
         labels = [(row, *label) for row, branch in enumerate(part) for label in branch.labels]
         first = min(place for _, place, _, _ in labels)
         blocked = [(i, token) for i, (*_, illegal) in enumerate(labels) for token in illegal]
-        rows, places, targets = torch.tensor([label[:3] for label in labels]).unbind(1)
+        rows, places, targets = torch.tensor([label[:3] for label in labels], device=DEVICE).unbind(1)
         with torch.set_grad_enabled(grad):
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - first).logits[rows, places - first]
-            illegal = torch.tensor(blocked, dtype=torch.long).reshape(-1, 2).unbind(1)
-            logits = logits.float().index_put(illegal, torch.tensor(-torch.inf))
+            illegal = torch.tensor(blocked, dtype=torch.long, device=DEVICE).reshape(-1, 2).unbind(1)
+            logits = logits.float().index_put(illegal, logits.new_tensor(-torch.inf))
             chosen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
             if grad:
-                weights = torch.tensor([part[row].weight for row, *_ in labels])
+                weights = torch.tensor([part[row].weight for row, *_ in labels], device=DEVICE)
                 (-(weights * chosen).sum() / corrections).backward()
         out.append(chosen.detach())
     return torch.cat(out)

@@ -111,10 +111,10 @@ def products(setting: Setting, typed: float) -> float:
             F.linear(hidden, weight)
         F.linear(wide[: len(hidden)], down)
 
-    wide, query = torch.randn(PART, 4 * width), torch.randn(setting.batch * heads, 1, width // heads)
-    one, part = torch.randn(setting.batch, width), torch.randn(PART, width)
+    wide, query = torch.randn(PART["cpu"], 4 * width), torch.randn(setting.batch * heads, 1, width // heads)
+    one, part = torch.randn(setting.batch, width), torch.randn(PART["cpu"], width)
     started = time.thread_time()
-    for _ in range(setting.batch * setting.prompt // PART):
+    for _ in range(setting.batch * setting.prompt // PART["cpu"]):
         for _ in caches[1:]:
             linear(part)
         F.linear(part, weights[0])  # the last layer's; what comes after them is needed of each row's last token alone

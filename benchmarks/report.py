@@ -109,7 +109,7 @@ def machine() -> dict[str, Any]:
         "load": _load(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": "float32",
     }
 

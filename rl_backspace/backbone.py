@@ -20,8 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rl_backspace.captured import Captured, Network, can_capture, uncaptured
 from rl_backspace.errors import UserError
-from rl_backspace.fused import Fused, fuse
+from rl_backspace.fused import fuse
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
 NOT_NUMBERS = (
@@ -114,14 +115,21 @@ class PointerCache(Cache):
         return self.layers[0].length
 
     def reserve(self, length: int) -> None:
-        """Make room for rows of `length` entries."""
-        if length > self.length:
-            for layer in self.layers:
-                layer.grow(max(length, min(-(-length // BLOCK) * BLOCK, self.capacity)))
+        """Make room for rows of `length` entries.
+
+        On a GPU for twice as many: a graph is captured for each length that the cache has had (`captured`).
+        """
+        if length <= self.length:
+            return
+        rounded = -(-length // BLOCK) * BLOCK
+        if self.layers[0].keys.device.type == "cuda":
+            rounded = 2 ** (rounded - 1).bit_length()
+        for layer in self.layers:
+            layer.grow(max(length, min(rounded, self.capacity)))
 
     def point(self, pointers: Tensor) -> int:
-        """Feed rows 0..len(pointers)-1 next, row i writing at `pointers[i]`; how many entries attention will see."""
-        self.reserve(int(pointers.max()) + 1)
+        """Feed rows 0..len(pointers)-1 next, row i writing at `pointers[i]`, for which there is room already; how many
+        entries attention will see."""
         rows = torch.arange(len(pointers), device=pointers.device)
         for layer in self.layers:
             layer.rows, layer.pointers = rows, pointers
@@ -164,12 +172,14 @@ class Backbone:
         out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[:, first:], cache
 
-    def fastest(self, capacity: int) -> Backbone | Fused:
-        """What does `prefill` and `decode` fastest for the model as it is now and rows of up to `capacity` tokens."""
-        return (self.causal not in _unfused and fuse(self.causal, capacity)) or self
+    def fastest(self, capacity: int, rows: int = 1) -> Network:
+        """What does `prefill` and `decode` fastest for the model as it is now and `rows` rows of up to `capacity`
+        tokens."""
+        network = (self.causal not in _unfused and fuse(self.causal, capacity)) or self
+        return Captured(network, self.causal, rows) if can_capture(self.causal) else network
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
-        """Feed one token per row at `pointers` (n,), its position; hidden states (n, H)."""
+        """Feed one token per row at `pointers` (n,), its position, where the cache has room; hidden states (n, H)."""
         allowed = (torch.arange(cache.point(pointers), device=ids.device) <= pointers[:, None])[:, None, None]
         causal = self.causal
         fast = causal.config._attn_implementation == "sdpa" and (causal.device.type, causal.dtype) == FAST_ON
@@ -314,9 +324,10 @@ def check(backbone: Backbone) -> None:
     try:
         with torch.no_grad(), evaluating(backbone.causal):
             rewound, packed, expected = _three_ways(backbone)
-            if not is_close(rewound, expected) and is_close(packed, expected):
-                _unfused.add(backbone.causal)  # a function that its layers call may have been replaced
-                rewound, _, _ = _three_ways(backbone)
+            for slower in (uncaptured, _unfused):  # a function that its layers call may have been replaced
+                if not is_close(rewound, expected) and is_close(packed, expected):
+                    slower.add(backbone.causal)
+                    rewound, _, _ = _three_ways(backbone)
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
@@ -338,6 +349,7 @@ def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
     _, prefilled = network.prefill(ids[None, :2])
     cache = PointerCache(prefilled, rows=1, capacity=5)
     cache.fill(0, prefilled, torch.zeros(1, dtype=torch.long, device=ids.device))
+    cache.reserve(5)
     for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
         hidden = network.decode(token[None], torch.tensor([position], device=ids.device), cache)
     beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()

@@ -451,10 +451,13 @@ def draw(logprobs: Tensor, sampling: Sampling, generator: torch.Generator | None
     # one random number per draw, where a noise per token would cost more
     uniform = torch.rand(len(logprobs), count, device=logprobs.device, dtype=torch.double, generator=generator)
     chosen = _invert(logprobs, uniform)
-    if logprobs.shape[-1] <= LARGE and logprobs.device.type == "cpu":
+    on_cpu = logprobs.device.type == "cpu"
+    if logprobs.shape[-1] <= LARGE and on_cpu:
         return chosen  # of a row with any mass: u * total < total for u below 1, and no sum is below the one before
     possible = logprobs.gather(1, chosen) > -torch.inf  # a parallel sum need not be monotone to the last digit
-    return chosen if possible.all() else torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
+    if on_cpu and possible.all():  # a GPU would be waited for, which takes longer than to go on
+        return chosen
+    return torch.where(possible, chosen, logprobs.argmax(-1, keepdim=True))
 
 
 def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -500,7 +503,7 @@ class _Batch:
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
         self.backbone, self.size, self.capacity = backbone, size, capacity
-        self.network = backbone.fastest(capacity)
+        self.network = backbone.fastest(capacity, size)
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position
@@ -559,12 +562,14 @@ class _Batch:
             return
         assert self.cache is not None and self.hidden is not None
         device = self.hidden.device
-        pointers = torch.tensor([row.pointer - 1 for row in self.rows], device=device)
-        hidden = self.network.decode(torch.tensor(tokens, device=device), pointers, self.cache)
+        places = [row.pointer - 1 for row in self.rows]
+        self.cache.reserve(max(places) + 1)
+        ids, pointers = torch.tensor([tokens, places], device=device)
+        hidden = self.network.decode(ids, pointers, self.cache)
         self.fed = hidden.to(self.hidden.dtype)  # under autocast they differ
         self._grow()
-        places = torch.arange(len(tokens), device=device) * self.hidden.shape[1] + pointers
-        self.hidden.flatten(0, 1).index_copy_(0, places, self.fed)
+        firsts = torch.arange(len(tokens), device=device) * self.hidden.shape[1]
+        self.hidden.flatten(0, 1).index_copy_(0, firsts + pointers, self.fed)
         for row in self.rows:
             row.forward_passes += 1
 

@@ -20,7 +20,7 @@ from rl_backspace.folder import RunFolder, is_run, refuse_existing
 from rl_backspace.policy import EMBEDDED, Policy, load
 
 # modules that generate with deletes, and no others
-CODE = ("errors", "semantics", "fused", "backbone", "engine", "generation")
+CODE = ("errors", "semantics", "fused", "captured", "backbone", "engine", "generation")
 ENTRY = '''"""transformers' `generate` with a delete token, as this model was trained with it. Written by rl-backspace.
 
 Needs torch and transformers, nothing else. The arguments are those of `model.generate`, and besides them

@@ -1,5 +1,5 @@
-"""Small models in fewer and larger operations: on CPU the number of operations is what their steps cost, and a LoRA
-adapter triples those of each linear layer. Equal to the models' own forward but for rounding.
+"""Small models in fewer and larger operations: their number is what a small model's steps cost, and a LoRA adapter
+triples those of each linear layer. Equal to the models' own forward but for rounding.
 
 In rollouts, Llama-like models are written out (`fuse`): query, key and value weights are one matrix, gate and up too,
 with the adapter added to them and the norms' scales multiplied into them, once for all the steps of a run. Only for
@@ -30,8 +30,10 @@ FAMILIES = {
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
-PART = 512  # tokens of prompts at once: what a layer makes of them stays in the core's own cache
-MOST_WEIGHTS = 40_000_000  # they are copied for each run or forward pass; a larger model saves less than that takes
+# tokens of prompts at once: on a CPU what a layer makes of them stays in the core's own cache
+PART = {"cpu": 512, "cuda": 2**16}
+# they are copied for each run or forward pass: a larger model saves less than that takes, or has no memory for it
+MOST_WEIGHTS = {"cpu": 40_000_000, "cuda": 400_000_000}
 Affine = tuple[Tensor, Tensor | None]
 """Weight (out, in) and bias (out)."""
 
@@ -81,7 +83,7 @@ class Fused:
         hidden = self.mean.new_empty(rows, length - first, len(self.mean))
         sizes = (rows, self.groups, length, self.width)
         states = [(hidden.new_empty(sizes), hidden.new_empty(sizes)) for _ in self.layers]
-        for part in torch.arange(rows).split(max(1, PART // length)):
+        for part in torch.arange(rows).split(max(1, PART[ids.device.type] // length)):
             where = slice(int(part[0]), int(part[-1]) + 1)
             self._prefill(ids[where], hidden[where], [(keys[where], values[where]) for keys, values in states])
         cache = DynamicCache()
@@ -94,7 +96,7 @@ class Fused:
         cos, sin = self.cos[:length, None], self.sin[:length, None]
         hidden = self.embed(ids).reshape(rows * length, -1).clone()
         wanted = out.shape[1]  # of the last layer, which has only keys and values of what is before them
-        mask = torch.ones(wanted, length, dtype=torch.bool).tril(length - wanted)
+        mask = torch.ones(wanted, length, dtype=torch.bool, device=ids.device).tril(length - wanted)
         for layer, (keys, values) in zip(self.layers, states, strict=True):
             turned, value = self._project(layer, hidden, (rows, length), cos, sin)
             query, key = turned.transpose(1, 2).split([self.heads, self.groups], 1)
@@ -164,11 +166,12 @@ class Fused:
 def fuse(causal: Any, capacity: int) -> Fused | None:
     """A model as it is now, written out; None where it has to run its own forward."""
     body = causal.base_model
-    if _name(body) not in FAMILIES or causal.dtype != torch.float32 or causal.device.type != "cpu":
+    on = causal.device.type
+    if _name(body) not in FAMILIES or causal.dtype != torch.float32 or on not in MOST_WEIGHTS:
         return None
-    if torch.is_autocast_enabled("cpu") or sum(p.numel() for p in body.layers.parameters()) > MOST_WEIGHTS:
+    if torch.is_autocast_enabled(on) or sum(p.numel() for p in body.layers.parameters()) > MOST_WEIGHTS[on]:
         return None
-    if any(map(_is_changed, body.modules())) or _has_any_global_hook():
+    if is_changed(body) or any(p.device != causal.device for p in body.parameters()):
         return None
     layers = body.layers[: causal.config.num_hidden_layers]
     parts = [body, *layers, *(part for layer in layers for part in layer.children())]
@@ -182,6 +185,11 @@ def fuse(causal: Any, capacity: int) -> Fused | None:
 
 def _name(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
+
+
+def is_changed(model: nn.Module) -> bool:
+    """Whether somebody has changed what a part of a model does, or hooks into it."""
+    return any(map(_is_changed, model.modules())) or _has_any_global_hook()
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -244,12 +252,13 @@ def _affine(module: Any) -> Affine:
 @contextlib.contextmanager
 def adapters_joined(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers with a LoRA adapter multiply by the sum of both, forward and backward; in small float32
-    models on CPU, where nothing but the plain adapter is there to be done. The sums are kept until backward."""
+    models, where nothing but the plain adapter is there to be done. The sums are kept until backward."""
     modules = list(model.modules())
     layers: dict[Any, str] = {m: name for m in modules if _name(m) == LORA and (name := _plain_adapter(m)) is not None}
     if any(map(_is_fixed, modules)) or _has_any_global_hook():
         layers = {}
-    if sum(layer.base_layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
+    on = next((layer.base_layer.weight.device.type for layer in layers), "cpu")
+    if sum(layer.base_layer.weight.numel() for layer in layers) > MOST_WEIGHTS.get(on, 0):
         layers = {}
     try:
         for layer, name in layers.items():
@@ -282,7 +291,7 @@ def _plain_adapter(layer: Any) -> str | None:
         and down.bias is up.bias is None
         and type(layer.scaling[name]) in (int, float)
         and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in weights)
-        and base.weight.device.type == "cpu"
+        and len({weight.device for weight in weights}) == 1
         and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
         and not any(_is_changed(m) or m._backward_hooks or m._backward_pre_hooks for m in layer.modules())
     )
@@ -300,7 +309,7 @@ def _adapted(layer: Any, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Ten
     width = x.shape[-1]
     changed = layer.disable_adapters or layer.merged or _active(layer) != [name] or args or kwargs
     few = x.dim() < 2 or x.numel() // width * (width + len(up)) < base.weight.numel()
-    if changed or few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if changed or few or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     out: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, width), base.weight, base.bias, down, up, layer.scaling[name]

@@ -239,7 +239,7 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = AutoModelForCausalLM.from_pretrained(source)
     except Exception as error:  # a folder may hold anything, and each loader has errors of its own
         raise UserError(f"model: {model!r} cannot be loaded ({first_line(error).rstrip('.')}); {advice}") from error
-    _place(base)
+    place(base)
     _allow(base)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of {model!r} has no end-of-sequence token; answers could not end")
@@ -322,7 +322,7 @@ def load(folder: str | Path, trainable: bool = False) -> Policy:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         rules = _rules(saved, tokenizer, folder)
         if (folder / "config.json").exists():
-            model = _place(AutoModelForCausalLM.from_pretrained(folder)).requires_grad_(trainable)
+            model = place(AutoModelForCausalLM.from_pretrained(folder)).requires_grad_(trainable)
             _allow(model)
         else:
             base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -377,7 +377,8 @@ def _allow(model: PreTrainedModel) -> None:
         config.suppress_tokens = [token for token in config.suppress_tokens or () if token not in ours] or None
 
 
-def _place(model: PreTrainedModel) -> PreTrainedModel:
+def place(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the GPU, where there is one."""
     return model.to("cuda") if torch.cuda.is_available() else model
 
 

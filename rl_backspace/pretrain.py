@@ -21,7 +21,7 @@ from rl_backspace.callbacks import StopOnInterrupt
 from rl_backspace.config import PretrainConfig
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.plugins import load_task
-from rl_backspace.policy import load_base
+from rl_backspace.policy import load_base, place
 from rl_backspace.tasks import Row
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
@@ -87,7 +87,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     model, tokenizer = _new(config) if config.model is None else load_base(config.model)
-    model.float().train()
+    place(model.float()).train()
     rows = [load_task(task.model_dump(exclude={"weight"}), config.seed).train for task in config.tasks]
     weights = [task.weight for task in config.tasks]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))

@@ -1,0 +1,180 @@
+"""Replayed decode steps are those that were captured; on a GPU, and as far as that goes without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import DELETE, EOS, FAMILIES, VOCAB, tiny
+from peft import LoraConfig, get_peft_model
+
+from rl_backspace import backbone
+from rl_backspace.captured import FEWER, Captured, can_capture
+from rl_backspace.engine import Engine, Rollout, Sampling
+from rl_backspace.scoring import batched, pack, score
+from rl_backspace.semantics import Budget, Rules
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+RULES, BUDGET = Rules({DELETE: "token"}, eos=frozenset({EOS}), retry="ban"), Budget(answer=20, actions=40)
+PROMPTS = [[3 + i % 5, 9, *range(5, 5 + i % 7)] for i in range(24)]
+
+
+def rollouts(model: Any, sampling: Sampling = Sampling(), rows: int = 8) -> list[Rollout]:
+    """Of more prompts than rows, so that rows come and go, and at the end few are left."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    return Engine(model, RULES, rows=rows).run(PROMPTS, BUDGET, sampling, generator)
+
+
+class Replayed:
+    """A graph that runs on the CPU: what was captured, run again into the same result."""
+
+    def __init__(self, captured: Captured, rows: int, cache: Any):
+        self.step = lambda: captured.network.decode(captured.ids[:rows], captured.pointers[:rows], cache)
+        self.hidden = torch.empty(0)
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        hidden = self.step()
+        self.hidden.resize_as_(hidden).copy_(hidden)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Replayed]]:
+    """Rows, length and graph of all that was captured, on the CPU and without streams."""
+    made: list[tuple[int, int, Replayed]] = []
+
+    def capture(self: Captured, rows: int, cache: Any) -> tuple[Any, torch.Tensor]:
+        graph = Replayed(self, rows, cache)
+        made.append((rows, cache.length, graph))
+        return graph, graph.hidden
+
+    def apart(self: Captured, rows: int, cache: Any) -> torch.Tensor:
+        return self.network.decode(self.ids[:rows], self.pointers[:rows], cache)
+
+    monkeypatch.setattr(Captured, "_capture", capture)
+    monkeypatch.setattr(Captured, "_apart", apart)
+    monkeypatch.setattr(backbone, "can_capture", lambda causal: True)
+    return made
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])  # written out, and by its own forward
+def test_rollouts_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    model = tiny(family)
+    plain = rollouts(model)
+    made = request.getfixturevalue("graphs")
+    replayed = rollouts(model)
+    assert [r.actions for r in replayed] == [r.actions for r in plain]
+    for ours, theirs in zip(replayed, plain, strict=True):
+        assert torch.allclose(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-4)
+    assert sum(r.deletes for r in plain) > 5
+    assert {rows for rows, _, _ in made} == {8, 8 // FEWER}  # few rows are not fed as many
+    assert len(made) == len({(rows, length) for rows, length, _ in made})  # each shape once
+    assert sum(graph.replays for _, _, graph in made) > 50
+
+
+def test_a_free_row_is_fed_where_it_does_no_harm(graphs: list[Any]) -> None:
+    """Rows that have gone are fed too; a prompt that moves in later finds nothing of it."""
+    model = tiny()
+    few = Engine(model, RULES, rows=16).run(PROMPTS, BUDGET, Sampling(temperature=0))
+    alone = [Engine(model, RULES, rows=1).run([p], BUDGET, Sampling(temperature=0))[0] for p in PROMPTS]
+    assert [r.actions for r in few] == [r.actions for r in alone]
+
+
+def test_nothing_is_captured_without_a_gpu_or_where_somebody_listens() -> None:
+    assert not can_capture(tiny())
+
+
+@needs_gpu
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_log_probs_are_those_that_scoring_finds(family: str, adapted: bool) -> None:
+    model: Any = tiny(family).cuda()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    done = rollouts(model)
+    assert sum(r.deletes for r in done) > 5
+    ids, real = (part.cuda() for part in batched([r.prompt for r in done], [r.actions for r in done], 0))
+    steps = max(len(r.actions) for r in done)
+    with torch.no_grad():
+        scored, _ = score(model, pack(ids, real, steps, RULES, BUDGET))
+    for row, rollout in zip(scored, done, strict=True):
+        found = torch.tensor(rollout.logprobs, device="cuda")
+        assert torch.allclose(row[: len(found)], found, atol=1e-3), family
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_steps_are_captured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, replays = tiny().to("cuda", dtype), []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    done = rollouts(model)
+    assert len(replays) > 50
+    held = torch.cuda.memory_reserved()
+    for _ in range(20):
+        rollouts(model)
+    assert torch.cuda.memory_reserved() == held  # what graphs take is used again
+    assert len(done) == len(PROMPTS)
+
+
+@needs_gpu
+def test_on_a_gpu_a_changed_model_is_not_a_stale_graph() -> None:
+    model = tiny().cuda()
+    before = [r.actions for r in rollouts(model, Sampling(temperature=0))]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-0.7)
+    after = [r.actions for r in rollouts(model, Sampling(temperature=0))]
+    model.cpu()
+    assert before != after == [r.actions for r in rollouts(model, Sampling(temperature=0))]
+
+
+@needs_gpu
+def test_on_a_gpu_a_forward_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("GPTNeoX").cuda()
+    expected = [r.actions for r in rollouts(model, Sampling(temperature=0))]
+    other = tiny("GPTNeoX").cuda()
+    layer = type(other.base_model.layers[0])
+    forward = layer.forward
+
+    def waits(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert hidden.isfinite().all().item()
+        return forward(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", waits)
+    assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
+    assert not can_capture(other)
+    assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
+
+
+@needs_gpu
+def test_on_a_gpu_joined_adapters_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for joined in (True, False):
+        if not joined:
+            monkeypatch.setattr("rl_backspace.fused.MOST_WEIGHTS", {})
+        torch.manual_seed(0)
+        model: Any = get_peft_model(tiny().cuda(), LoraConfig(r=4, target_modules="all-linear"))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        ids = torch.randint(3, VOCAB - 1, (16, 30), generator=torch.Generator().manual_seed(0)).cuda()
+        rules = Rules({}, eos=frozenset())
+        logprobs, _ = score(model, pack(ids, torch.ones_like(ids), 20, rules, Budget(20)))
+        logprobs.sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 0
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max().item())
+
+
+def test_a_hook_is_called_at_each_step() -> None:
+    model, calls = tiny("GPTNeoX"), []
+    if torch.cuda.is_available():
+        model = model.cuda()
+    model.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert not can_capture(model)
+    done = rollouts(model, rows=len(PROMPTS))
+    assert len(calls) >= max(r.forward_passes for r in done)
