@@ -182,7 +182,7 @@ def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) ->
     deleting = Engine(models.make(setting.size, share, setting.prompt + actions), RULES, rows=setting.batch)
 
     def delete() -> list[Rollout]:  # the same each time
-        return deleting.run(prompts, budget, generator=torch.Generator().manual_seed(0))
+        return deleting.run(prompts, budget, generator=torch.Generator(models.DEVICE).manual_seed(0))
 
     longest = max(len(context) for rollout in delete() for context in contexts(rollout.actions, RULES, budget))
     typing = Engine(models.make(setting.size, 0.0, setting.prompt + actions), RULES, rows=setting.batch)

@@ -7,17 +7,22 @@ longer than the rollouts it was captured in, so nothing that happens to the mode
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rl_backspace.fused import is_changed
 
+# their steps never wait for the GPU, which cannot be captured; tests say so
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX", "GPT2", "Phi", "Gemma2", "Gemma3Text")
+SOURCES = ("torch", "transformers", "peft")  # of their parts; quantised layers come from elsewhere
 FEWER = 4  # a step of so many times fewer rows than a graph is for is worth a graph of its own
 
 
@@ -30,7 +35,7 @@ class Network(Protocol):
 
 
 class Captured:
-    """Feeds tokens as `network` does; from its third step of a shape on, by replaying a graph.
+    """Feeds tokens as `network` does; from the second step of a shape on, by replaying a graph.
 
     A step with fewer rows than its graph feeds token 0 at the first position of some that are free; a prompt that moves
     in there overwrites it.
@@ -44,7 +49,8 @@ class Captured:
     def __init__(self, network: Network, causal: Any, rows: int):
         self.network, self.causal, self.rows = network, causal, rows
         self.ids, self.pointers = torch.zeros(2, rows, dtype=torch.long, device=causal.device)
-        self.length = 0  # of the cache that the graphs are for
+        self.cache: Any = None  # that the graphs are for
+        self.length = 0  # and its
         self.graphs: dict[int, tuple[Any, Tensor] | None] = {}  # by rows; None: fed once, which set up what that needs
 
     def prefill(self, ids: Tensor, first: int = 0) -> tuple[Tensor, DynamicCache]:
@@ -54,74 +60,95 @@ class Captured:
         """As `network`'s; the result is overwritten by the next step."""
         if self.causal in uncaptured:
             return self.network.decode(ids, pointers, cache)
-        if cache.length != self.length:
-            self.length, self.graphs = cache.length, {}
+        if cache is not self.cache or cache.length != self.length:
+            self.cache, self.length, self.graphs = cache, cache.length, {}
         count, rows = len(ids), self.rows
         while count <= rows // FEWER:
             rows //= FEWER
         self.ids[:count], self.pointers[:count] = ids, pointers
         self.ids[count:rows], self.pointers[count:rows] = 0, 0
-        if rows not in self.graphs:
-            self.graphs[rows] = None
-            with _lock:
-                return self._apart(rows, cache)[:count]
-        if self.graphs[rows] is None:
-            try:
-                self.graphs[rows] = self._capture(rows, cache)
-            except RuntimeError:  # something in its forward waits for the GPU, or is not to be captured
-                uncaptured.add(self.causal)
-                return self.network.decode(ids, pointers, cache)
-        graph, hidden = self.graphs[rows]  # type: ignore[misc]
+        try:
+            if rows not in self.graphs:
+                self.graphs[rows] = None
+                return self._feed(rows, cache)[:count]
+            graph, hidden = self.graphs[rows] or self._capture(rows, cache)
+        except RuntimeError:  # of the libraries below, since a step that ends well waits for nothing
+            uncaptured.add(self.causal)
+            return self.network.decode(ids, pointers, cache)
+        self.graphs[rows] = graph, hidden
         graph.replay()
         return hidden[:count]
 
-    def _apart(self, rows: int, cache: Any, graph: Any = None) -> Tensor:
-        """A step on a stream of its own, where libraries set up what they cannot while it is captured; with `graph` it
-        is captured and not taken."""
-        stream = torch.cuda.current_stream(self.ids.device)
-        side, keeper = _beside(stream)
-        side.wait_stream(stream)
-        with torch.cuda.stream(side):
-            if graph is None:
-                hidden = self.network.decode(self.ids[:rows], self.pointers[:rows], cache)
-            else:
-                graph.capture_begin(keeper.pool(), capture_error_mode="thread_local")
-                try:
-                    hidden = self.network.decode(self.ids[:rows], self.pointers[:rows], cache)
-                finally:
-                    graph.capture_end()
-        stream.wait_stream(side)
-        return hidden
+    def _feed(self, rows: int, cache: Any) -> Tensor:
+        """A step on the stream that graphs are captured on, where libraries set up what they cannot in a capture."""
+        with _aside(self.ids.device):
+            return self.network.decode(self.ids[:rows], self.pointers[:rows], cache)
 
     def _capture(self, rows: int, cache: Any) -> tuple[Any, Tensor]:
+        """The graph of a step, which is not taken yet, and where its result will be."""
         graph, caching = torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
-        with _lock:
-            torch.set_autocast_cache_enabled(False)  # it would hold copies of weights that are gone at the next replay
-            try:
-                return graph, self._apart(rows, cache, graph)
-            finally:
-                torch.set_autocast_cache_enabled(caching)
+        torch.set_autocast_cache_enabled(False)  # it would hold copies of weights that are gone at the next replay
+        try:
+            with _aside(self.ids.device) as keeper, _capturing(graph, keeper):
+                return graph, self.network.decode(self.ids[:rows], self.pointers[:rows], cache)
+        finally:
+            torch.set_autocast_cache_enabled(caching)
 
 
-uncaptured: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose steps cannot be
-_lock = threading.Lock()  # of the streams that are captured
+uncaptured: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose steps turned out not to be what they are
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[Any]:
+    """Inside, work goes to another stream, after what was there before and ahead of what comes; its `_keeper`."""
+    stream = torch.cuda.current_stream(device)
+    side, keeper = _keeper(stream, threading.get_ident())
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        yield keeper
+    stream.wait_stream(side)
+
+
+@contextlib.contextmanager
+def _capturing(graph: Any, keeper: Any = None) -> Iterator[None]:
+    """Inside, work is put into a graph, whose memory is from where the keeper's is."""
+    graph.capture_begin(*([keeper.pool()] if keeper else []), capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        try:
+            graph.capture_end()
+        except RuntimeError:  # torch 2.11 leaves allocator and random generator as in a capture
+            if keeper:
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), keeper.pool())
+                    torch._C._cuda_releasePool(torch.cuda.current_device(), keeper.pool())
+                _keeper.cache_clear()  # and the next one puts the generator back
+            raise
 
 
 @functools.cache
-def _beside(stream: Any) -> tuple[Any, Any]:
-    """For steps of this stream another stream to capture them on, and a graph that does nothing but keep their memory:
-    without one, each run's would only be given back when the GPU's is full."""
-    side, keeper = torch.cuda.Stream(stream.device), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        keeper.capture_begin(capture_error_mode="thread_local")
+def _keeper(stream: Any, thread: int) -> tuple[Any, Any]:
+    """For the steps of a stream and thread: another stream to capture them on, and a graph that does nothing but keep
+    their memory. Without one, each run's would only be given back when the GPU's is full."""
+    side, graph = torch.cuda.Stream(stream.device), torch.cuda.CUDAGraph()
+    with torch.inference_mode(False), torch.cuda.stream(side), _capturing(graph):
         torch.zeros(1, device=stream.device)
-        keeper.capture_end()
-    return side, keeper
+    return side, graph
 
 
 def can_capture(causal: Any) -> bool:
-    """Whether a model's steps may be captured: it is on one GPU, and nobody hooks into it, since a replay calls no
-    hooks."""
-    if causal.device.type != "cuda" or causal in uncaptured or is_changed(causal.base_model):
+    """Whether a model's steps may be captured: on one GPU, nothing in it but what is known, and nobody who hooks into
+    it, since a replay calls no hooks."""
+    if causal.device.type != "cuda" or causal in uncaptured or not never_waits(causal):
         return False
     return all(parameter.device == causal.device for parameter in causal.parameters())
+
+
+def never_waits(causal: Any) -> bool:
+    """Whether a model is of `FAMILIES`, as it stands in transformers, and each part of it is too."""
+    body = causal.base_model
+    rope = getattr(causal.config, "rope_parameters", None) or {}
+    known = type(body).__name__ in [f"{family}Model" for family in FAMILIES] and rope.get("rope_type") != "dynamic"
+    parts = all(type(part).__module__.partition(".")[0] in SOURCES for part in causal.modules())
+    return known and parts and not is_changed(body) and all(type(p) is nn.Parameter for p in causal.parameters())
