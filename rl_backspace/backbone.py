@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl_backspace.captured import Captured, Network, can_capture, uncaptured
+from rl_backspace.captured import Captured, Network, can_capture, rotary, uncaptured
 from rl_backspace.errors import UserError
 from rl_backspace.fused import fuse
 
@@ -158,9 +158,8 @@ class Backbone:
         limits = [getattr(self.config, "max_position_embeddings", None)]
         if getattr(self.config, "sliding_window", None) and _slides(self.config):
             limits.append(self.config.sliding_window)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        for part in (rope, *rope.values()):  # by layer type in some families
-            if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+        for part in rotary(self.config):
+            if part.get("rope_type") in ("longrope", "dynamic"):
                 # beyond this length its frequencies depend on the longest row of the batch
                 limits.append(part.get("original_max_position_embeddings"))
         return min([limit for limit in limits if limit], default=2**31)

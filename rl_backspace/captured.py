@@ -137,6 +137,12 @@ def _keeper(stream: Any, thread: int) -> tuple[Any, Any]:
     return side, graph
 
 
+def rotary(config: Any) -> list[dict[str, Any]]:
+    """What a text config says of its rotary embeddings; some families have several, by layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
 def can_capture(causal: Any) -> bool:
     """Whether a model's steps may be captured: on one GPU, nothing in it but what is known, and nobody who hooks into
     it, since a replay calls no hooks."""
@@ -148,7 +154,7 @@ def can_capture(causal: Any) -> bool:
 def never_waits(causal: Any) -> bool:
     """Whether a model is of `FAMILIES`, as it stands in transformers, and each part of it is too."""
     body = causal.base_model
-    rope = getattr(causal.config, "rope_parameters", None) or {}
-    known = type(body).__name__ in [f"{family}Model" for family in FAMILIES] and rope.get("rope_type") != "dynamic"
+    known = type(body).__name__ in [f"{family}Model" for family in FAMILIES]
+    known = known and all(part.get("rope_type") != "dynamic" for part in rotary(causal.config.get_text_config()))
     parts = all(type(part).__module__.partition(".")[0] in SOURCES for part in causal.modules())
     return known and parts and not is_changed(body) and all(type(p) is nn.Parameter for p in causal.parameters())

@@ -63,7 +63,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Replayed]]:
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])  # written out, and by its own forward
-def test_rollouts_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def test_rollouts_are_the_same(family: str, request: pytest.FixtureRequest) -> None:
     model = tiny(family)
     plain = rollouts(model)
     made = request.getfixturevalue("graphs")
@@ -130,6 +130,11 @@ def test_steps_that_may_be_captured_wait_for_nothing(
 def test_a_step_that_waits_is_not_captured() -> None:
     model = tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     assert waits(model) != []
+    assert not captured.never_waits(model)
+    model = tiny("Gemma3Text")
+    assert captured.never_waits(model)
+    for part in model.config.rope_parameters.values():  # by layer type
+        part["rope_type"] = "dynamic"
     assert not captured.never_waits(model)
 
 
