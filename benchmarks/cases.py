@@ -69,7 +69,7 @@ def rollouts_without_deletes(setting: Setting, adapted: bool = False) -> tuple[S
     """Deletes blocked, against `model.generate`: same prompts, same lengths, both sampling; with a LoRA adapter, as in
     training, or none."""
     model: Any = models.make(setting.size, 0.0, setting.context)
-    model = models.adapt(model).eval() if adapted else model
+    model = models.adapt(model, [models.DELETE]).eval() if adapted else model
     prompts = models.prompts(setting.batch, setting.prompt)
     engine, listed = Engine(model, RULES, rows=setting.batch), prompts.tolist()
 
@@ -256,7 +256,7 @@ def shared_scoring(setting: Setting, group: int = 8) -> tuple[Side, Side]:
 def adapted_scoring(setting: Setting) -> tuple[Side, Side]:
     """Forward and backward of a model with a LoRA adapter, as in training, against PEFT's own layers and TRL's flat
     sequences. No deletes, all prompts different."""
-    model = models.adapt(models.make(setting.size, 0.0, setting.context))
+    model = models.adapt(models.make(setting.size, 0.0, setting.context), [models.DELETE])
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # else it changes nothing, and has no gradients but its own
             torch.nn.init.normal_(weight, std=0.02)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 SIZES = {
-    "1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "30m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128},
+    "30m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 128},
+    "70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 50304},  # as Pythia's
 }
-VOCAB, PAD, EOS, DELETE = 128, 0, 1, 127
+USED, PAD, EOS, DELETE = 128, 0, 1, 127  # of the vocabulary, in prompts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -24,7 +25,6 @@ def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedMo
     shape = SIZES[size]
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
             intermediate_size=4 * shape["hidden_size"],
             max_position_embeddings=context,
             tie_word_embeddings=True,
@@ -35,8 +35,8 @@ def make(size: str, deletes: float, context: int, seed: int = 0) -> PreTrainedMo
         )
     )
     if deletes:
-        bias = torch.zeros(VOCAB)
-        bias[DELETE] = torch.tensor(deletes / (1 - deletes) * (VOCAB - 1)).log()
+        bias = torch.zeros(shape["vocab_size"])
+        bias[DELETE] = torch.tensor(deletes / (1 - deletes) * (len(bias) - 1)).log()
         model.lm_head.bias = nn.Parameter(bias)
     model.generation_config.eos_token_id = None  # nothing ends an answer, in `generate` neither
     return model.eval().to(DEVICE)
@@ -47,6 +47,9 @@ def prompts(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(2, DELETE, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def adapt(model: PreTrainedModel) -> PeftModel:
-    """The model with a LoRA adapter on all its linear layers."""
-    return get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
+def adapt(model: PreTrainedModel, rows: list[int] | None = None) -> PeftModel:
+    """The model with a LoRA adapter on all its linear layers, which may train rows of the embedding too. Where the head
+    has a bias PEFT would leave that out then."""
+    return get_peft_model(
+        model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", trainable_token_indices=rows)
+    )

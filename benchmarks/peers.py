@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.models import DELETE, DEVICE, EOS, PAD, VOCAB, adapt, make
+from benchmarks.models import DELETE, DEVICE, EOS, PAD, USED, adapt, make
 from rl_backspace.corrections import Correction
 from rl_backspace.policy import Policy
 from rl_backspace.pretrain import character_tokenizer
@@ -241,7 +241,7 @@ def score_flat(model: PreTrainedModel, ids: Tensor, actions: int) -> Tensor:
 
 def low(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """A reward with a spread."""
-    return [sum(token < VOCAB // 2 for token in ids) / (1 + len(ids)) for ids in completion_ids]
+    return [sum(token < USED // 2 for token in ids) / (1 + len(ids)) for ids in completion_ids]
 
 
 def grpo_trainer(

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
-from benchmarks.models import SIZES, VOCAB
+from benchmarks.models import SIZES
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
 from rl_backspace.fused import PART, Fused
@@ -100,7 +100,7 @@ def products(setting: Setting, typed: float) -> float:
     shape = SIZES[setting.size]
     width, heads = shape["hidden_size"], shape["num_attention_heads"]
     weights = [torch.randn(*size) for size in ((3 * width, width), (width, width), (8 * width, width))]
-    down, head = torch.randn(width, 4 * width), torch.randn(VOCAB, width)
+    down, head = torch.randn(width, 4 * width), torch.randn(shape["vocab_size"], width)
     caches = [
         torch.randn(2, setting.batch * heads, setting.context, width // heads)
         for _ in range(shape["num_hidden_layers"])

@@ -6,6 +6,7 @@ full attention over stored keys and values, and for nothing else: `check` says w
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import weakref
@@ -22,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_backspace.captured import Captured, Network, can_capture, rotary, uncaptured
 from rl_backspace.errors import UserError
-from rl_backspace.fused import fuse
+from rl_backspace.fused import fuse, settled
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
 NOT_NUMBERS = (
@@ -144,6 +145,8 @@ class Backbone:
         self.causal = causal
         self.config = causal.config.get_text_config()
         self.body = causal.base_model
+        self.embed: nn.Module | None = None  # in place of the model's own, for the time of a run
+        self.head: nn.Module | None = None
         self.logit_scale = _logit_scale(self.config)
         self.logit_cap = getattr(self.config, "final_logit_softcapping", None)
         _refuse_by_config(causal)
@@ -168,14 +171,24 @@ class Backbone:
         """Hidden states (B, P - first, H) from position `first` on, and keys/values, of right-padded prompts (B, P)."""
         cache = DynamicCache()  # without the config, so that no layer drops what lies before its window
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = self.body(**self._fed(ids), position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[:, first:], cache
+
+    def settled(self) -> Backbone:
+        """The same for one run, with the embedding and the head as they are now."""
+        now = copy.copy(self)
+        if self.causal not in _unsettled:
+            now.embed, now.head = settled(self.body.get_input_embeddings(), self.causal.get_output_embeddings())
+        return now
+
+    def _fed(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": ids} if self.embed is None else {"inputs_embeds": self.embed(ids)}
 
     def fastest(self, capacity: int, rows: int = 1) -> Network:
         """What does `prefill` and `decode` fastest for the model as it is now and `rows` rows of up to `capacity`
         tokens."""
-        network = (self.causal not in _unfused and fuse(self.causal, capacity)) or self
-        return Captured(network, self.causal, rows) if can_capture(self.causal) else network
+        network = (self.causal not in _unfused and fuse(self.causal, capacity, self.embed)) or self
+        return Captured(network, self.causal, rows) if can_capture(self.causal, self.embed) else network
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position, where the cache has room; hidden states (n, H)."""
@@ -185,7 +198,7 @@ class Backbone:
         token = _one_query.set(fast)
         try:
             out = self.body(
-                input_ids=ids[:, None],
+                **self._fed(ids[:, None]),
                 attention_mask=_added(causal, allowed) if fast else attention_mask(causal, allowed),
                 position_ids=pointers[:, None],
                 past_key_values=cache,
@@ -197,7 +210,8 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (n, V) of hidden states (n, H), with the scalings that stock models apply."""
-        logits = self.causal.get_output_embeddings()(hidden).float()
+        head = self.causal.get_output_embeddings() if self.head is None else self.head
+        logits = head(hidden).float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return torch.tanh(logits / self.logit_cap) * self.logit_cap if self.logit_cap else logits
@@ -299,6 +313,7 @@ def _added(causal: Any, allowed: Tensor) -> Tensor:
 
 _passed: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # models that were checked
 _unfused: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # that do something else than what is written out
+_unsettled: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # that want to see the tokens
 
 
 def check(backbone: Backbone) -> None:
@@ -324,7 +339,7 @@ def check(backbone: Backbone) -> None:
     try:
         with torch.no_grad(), evaluating(backbone.causal):
             rewound, packed, expected = _three_ways(backbone)
-            for slower in (_unfused, uncaptured):  # a function that its layers call may have been replaced
+            for slower in (_unfused, uncaptured, _unsettled):  # a function that its layers call may have been replaced
                 if not is_close(rewound, expected) and is_close(packed, expected):
                     slower.add(backbone.causal)
                     rewound, _, _ = _three_ways(backbone)
@@ -343,6 +358,7 @@ def check(backbone: Backbone) -> None:
 
 def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (V,) after three tokens and another: rewound to from five, beside the deleted two, and from scratch."""
+    backbone = backbone.settled()
     ids = (torch.arange(1, 7, device=backbone.device) * 7919) % backbone.config.vocab_size
     forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
     network = backbone.fastest(capacity=5)

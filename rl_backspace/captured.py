@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rl_backspace.fused import is_changed
+from rl_backspace.fused import ROWS, is_changed, name_of
 
 # their steps never wait for the GPU, which cannot be captured; tests say so
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX", "GPT2", "Phi", "Gemma2", "Gemma3Text")
@@ -52,14 +52,14 @@ class Captured:
         self.cache: Any = None  # that the graphs are for
         self.length = 0  # and its
         self.graphs: dict[int, tuple[Any, Tensor] | None] = {}  # by rows; None: fed once, which set up what that needs
+        self.fits = True  # into the GPU's memory
 
     def prefill(self, ids: Tensor, first: int = 0) -> tuple[Tensor, DynamicCache]:
         return self.network.prefill(ids, first)
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: Any) -> Tensor:
         """As `network`'s; the result is overwritten by the next step."""
-        if self.causal in uncaptured:
-            return self.network.decode(ids, pointers, cache)
+        _only(self)
         if cache is not self.cache or cache.length != self.length:
             self.cache, self.length, self.graphs = cache, cache.length, {}
         count, rows = len(ids), self.rows
@@ -67,17 +67,27 @@ class Captured:
             rows //= FEWER
         self.ids[:count], self.pointers[:count] = ids, pointers
         self.ids[count:rows], self.pointers[count:rows] = 0, 0
+        hidden = self._step(rows, cache)
+        return self.network.decode(ids, pointers, cache) if hidden is None else hidden[:count]
+
+    def _step(self, rows: int, cache: Any) -> Tensor | None:
+        """Hidden states (rows, H); None where that cannot be done, and nothing was."""
+        if self.causal in uncaptured or not self.fits:
+            return None
         try:
             if rows not in self.graphs:
                 self.graphs[rows] = None
-                return self._feed(rows, cache)[:count]
+                return self._feed(rows, cache)
             graph, hidden = self.graphs[rows] or self._capture(rows, cache)
+        except torch.OutOfMemoryError:
+            self.fits, self.graphs = False, {}
+            return None
         except RuntimeError:  # of the libraries below, since a step that ends well waits for nothing
             uncaptured.add(self.causal)
-            return self.network.decode(ids, pointers, cache)
+            return None
         self.graphs[rows] = graph, hidden
         graph.replay()
-        return hidden[:count]
+        return hidden
 
     def _feed(self, rows: int, cache: Any) -> Tensor:
         """A step on the stream that graphs are captured on, where libraries set up what they cannot in a capture."""
@@ -96,17 +106,28 @@ class Captured:
 
 
 uncaptured: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose steps turned out not to be what they are
+_last: list[weakref.ref[Captured]] = []  # the one that has graphs
+
+
+def _only(mine: Captured) -> None:
+    """Of rollouts that take turns only one keeps its graphs: what goes with another's takes memory from them."""
+    for other in _last:
+        if (had := other()) is not None and had is not mine:
+            had.graphs = {}
+    _last[:] = [weakref.ref(mine)]
 
 
 @contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[Any]:
     """Inside, work goes to another stream, after what was there before and ahead of what comes; its `_keeper`."""
     stream = torch.cuda.current_stream(device)
-    side, keeper = _keeper(stream, threading.get_ident())
+    side, keeper = _keeper(stream)
     side.wait_stream(stream)
-    with torch.cuda.stream(side):
-        yield keeper
-    stream.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield keeper
+    finally:
+        stream.wait_stream(side)
 
 
 @contextlib.contextmanager
@@ -120,17 +141,18 @@ def _capturing(graph: Any, keeper: Any = None) -> Iterator[None]:
             graph.capture_end()
         except RuntimeError:  # torch 2.11 leaves allocator and random generator as in a capture
             if keeper:
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), keeper.pool())
-                    torch._C._cuda_releasePool(torch.cuda.current_device(), keeper.pool())
-                _keeper.cache_clear()  # and the next one puts the generator back
+                for mend in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                    with contextlib.suppress(RuntimeError):  # 2.13 has done the first
+                        mend(torch.cuda.current_device(), keeper.pool())
+                _keeper.cache_clear()
+                _keeper(torch.cuda.default_stream())  # a capture that ends well puts the generator back
             raise
 
 
 @functools.cache
-def _keeper(stream: Any, thread: int) -> tuple[Any, Any]:
-    """For the steps of a stream and thread: another stream to capture them on, and a graph that does nothing but keep
-    their memory. Without one, each run's would only be given back when the GPU's is full."""
+def _keeper(stream: Any) -> tuple[Any, Any]:
+    """For the steps of a stream: another stream to capture them on, and a graph that does nothing but keep their
+    memory. Without one, each run's would only be given back when the GPU's is full."""
     side, graph = torch.cuda.Stream(stream.device), torch.cuda.CUDAGraph()
     with torch.inference_mode(False), torch.cuda.stream(side), _capturing(graph):
         torch.zeros(1, device=stream.device)
@@ -143,18 +165,26 @@ def rotary(config: Any) -> list[dict[str, Any]]:
     return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
-def can_capture(causal: Any) -> bool:
-    """Whether a model's steps may be captured: on one GPU, nothing in it but what is known, and nobody who hooks into
-    it, since a replay calls no hooks."""
-    if causal.device.type != "cuda" or causal in uncaptured or not never_waits(causal):
+def can_capture(causal: Any, embed: nn.Module | None) -> bool:
+    """Whether a model's steps may be captured here: on one GPU, nothing in it but what is known, nobody who hooks into
+    it, since a replay calls no hooks, and in the main thread, since threads would share streams.
+
+    Args:
+        embed: what takes its embedding's place (`fused.settled`).
+    """
+    if causal.device.type != "cuda" or causal in uncaptured or not never_waits(causal, embed):
+        return False
+    if threading.current_thread() is not threading.main_thread():
         return False
     return all(parameter.device == causal.device for parameter in causal.parameters())
 
 
-def never_waits(causal: Any) -> bool:
-    """Whether a model is of `FAMILIES`, as it stands in transformers, and each part of it is too."""
+def never_waits(causal: Any, embed: nn.Module | None = None) -> bool:
+    """Whether a model is of `FAMILIES`, as it stands in transformers, and each part of it is too; and no adapter puts
+    rows into its embedding at each step, whose numbers come from the CPU."""
     body = causal.base_model
     known = type(body).__name__ in [f"{family}Model" for family in FAMILIES]
     known = known and all(part.get("rope_type") != "dynamic" for part in rotary(causal.config.get_text_config()))
     parts = all(type(part).__module__.partition(".")[0] in SOURCES for part in causal.modules())
+    known = known and (embed is not None or name_of(body.get_input_embeddings()) != ROWS)
     return known and parts and not is_changed(body) and all(type(p) is nn.Parameter for p in causal.parameters())

@@ -307,7 +307,8 @@ class Engine:
         while acting:
             hidden = batch.anchors(acting)
             values = self.critic(hidden)[:, 0].tolist() if self.critic is not None else []
-            actions, logprobs = self._sample(hidden, [batch.rows[i] for i in acting], values, sampling, generator)
+            logits = batch.backbone.logits(hidden)
+            actions, logprobs = self._sample(logits, [batch.rows[i] for i in acting], values, sampling, generator)
             again, going = [], []
             for n, (i, action, logprob) in enumerate(zip(acting, actions, logprobs, strict=True)):
                 row, value = batch.rows[i], values[n : n + 1]
@@ -348,15 +349,18 @@ class Engine:
 
     def _sample(
         self,
-        hidden: Tensor,
+        logits: Tensor,
         rows: list[Running],
         values: list[float],
         sampling: Sampling,
         generator: torch.Generator | None,
     ) -> tuple[list[int], list[float]]:
-        """One action and its log-probability per hidden state (n, H), whose values are the critic's, if there is one;
-        action -1 where none is legal."""
-        logits = self.backbone.logits(hidden)
+        """One action and its log-probability per row of logits (n, V); action -1 where none is legal.
+
+        Args:
+            logits: what is illegal is ruled out in place.
+            values: the critic's of each row, if there is one.
+        """
         forbidden = [row.machine.illegal() for row in rows]
         if any(forbidden):
             places = [n for n, illegal in enumerate(forbidden) for _ in illegal]
@@ -502,8 +506,8 @@ class _Batch:
     """The rows that run now: always the first `len(rows)` rows of every buffer."""
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
-        self.backbone, self.size, self.capacity = backbone, size, capacity
-        self.network = backbone.fastest(capacity, size)
+        self.backbone, self.size, self.capacity = backbone.settled(), size, capacity
+        self.network = self.backbone.fastest(capacity, size)
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None
         self.hidden: Tensor | None = None  # (size, the cache's length, H): the hidden state at every context position

@@ -6,11 +6,15 @@ with the adapter added to them and the norms' scales multiplied into them, once 
 what is listed in `FAMILIES`, as it stands in transformers; everything else takes its own forward.
 
 In training, any model's own forward is taken, in which layers with an adapter are one product (`adapters_joined`).
+
+Where an adapter trains some rows of the embedding, PEFT copies the whole of it at each call to put them in: `settled`
+does so once for a run, for any model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +33,7 @@ FAMILIES = {
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
+ROWS = ("peft.utils.other", "TrainableTokensWrapper")
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 # tokens of prompts at once: on a CPU what a layer makes of them stays in the core's own cache
 PART = {"cpu": 512, "cuda": 2**16}
@@ -63,11 +68,12 @@ class Fused:
         causal: a model of `FAMILIES`, in evaluation mode.
         layers: its layers, laid out by `fuse`.
         capacity: most positions of a row.
+        embed: its embedding.
     """
 
-    def __init__(self, causal: Any, layers: list[_Layer], capacity: int):
+    def __init__(self, causal: Any, layers: list[_Layer], capacity: int, embed: nn.Module):
         body, attention = causal.base_model, causal.base_model.layers[0].self_attn
-        self.embed, self.norm, self.layers = body.embed_tokens, body.norm, layers
+        self.embed, self.norm, self.layers = embed, body.norm, layers
         self.width, self.scale = attention.head_dim, attention.scaling
         self.heads, self.groups = causal.config.num_attention_heads, causal.config.num_key_value_heads
         weight = layers[0].qkv[0]
@@ -163,11 +169,15 @@ class Fused:
         return hidden * (hidden * hidden).mm(self.mean).add_(epsilon).rsqrt_()
 
 
-def fuse(causal: Any, capacity: int) -> Fused | None:
-    """A model as it is now, written out; None where it has to run its own forward."""
+def fuse(causal: Any, capacity: int, embed: nn.Module | None = None) -> Fused | None:
+    """A model as it is now, written out; None where it has to run its own forward.
+
+    Args:
+        embed: what `settled` made of its embedding.
+    """
     body = causal.base_model
     on = causal.device.type
-    if _name(body) not in FAMILIES or causal.dtype != torch.float32 or on not in MOST_WEIGHTS:
+    if name_of(body) not in FAMILIES or causal.dtype != torch.float32 or on not in MOST_WEIGHTS:
         return None
     if torch.is_autocast_enabled(on) or sum(p.numel() for p in body.layers.parameters()) > MOST_WEIGHTS[on]:
         return None
@@ -178,12 +188,13 @@ def fuse(causal: Any, capacity: int) -> Fused | None:
     if not all(_is_stock(body, part) for part in parts):
         return None
     try:
-        return Fused(causal, [_lay_out(layer, layers[0].self_attn) for layer in layers], capacity)
+        laid_out = [_lay_out(layer, layers[0].self_attn) for layer in layers]
+        return Fused(causal, laid_out, capacity, embed or body.embed_tokens)
     except _Other:
         return None
 
 
-def _name(module: nn.Module) -> tuple[str, str]:
+def name_of(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
@@ -235,7 +246,7 @@ def _affine(module: Any) -> Affine:
     """What a linear layer does, its active LoRA adapters included."""
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:  # not a quantised weight
         return module.weight, module.bias
-    if _name(module) != LORA:
+    if name_of(module) != LORA:
         raise _Other
     weight, bias = _affine(module.base_layer)
     if module.disable_adapters:
@@ -249,12 +260,50 @@ def _affine(module: Any) -> Affine:
     return weight, bias
 
 
+def settled(*modules: Any) -> tuple[nn.Module | None, ...]:
+    """What embeddings and output heads of one model are now, with the rows that an adapter trains put in; None for what
+    has to do so itself, or has none."""
+    weights: dict[tuple[int, int], nn.Parameter] = {}
+    return tuple(_settled(module, weights) if may_settle(module) else None for module in modules)
+
+
+def _settled(wrapper: Any, weights: dict[tuple[int, int], nn.Parameter]) -> nn.Module:
+    rows, base = wrapper.token_adapter, wrapper.token_adapter.base_layer
+    if rows.disable_adapters:
+        return base  # type: ignore[no-any-return]
+    which = id(rows.trainable_tokens_delta), base.weight.data_ptr()  # tied ones need only one
+    if which not in weights:
+        weights[which] = nn.Parameter(rows.get_merged_weights(rows.active_adapters).detach(), requires_grad=False)
+    made: nn.Module = copy.copy(base)
+    made._parameters = {**dict.fromkeys(base._parameters), "weight": weights[which]}  # PEFT leaves a bias out
+    return made
+
+
+def may_settle(module: Any) -> bool:
+    """Whether all that an embedding or output head does at each call is to put rows into its weight and take that."""
+    if name_of(module) != ROWS or _has_any_global_hook():
+        return False
+    rows, base = module.token_adapter, module.token_adapter.base_layer
+    plain = type(base).forward in (nn.Embedding.forward, nn.Linear.forward) or hasattr(base, "embed_scale")
+    return (
+        plain
+        and not any(map(_is_changed, (module, rows, base)))
+        and type(base.weight) is nn.Parameter
+        and getattr(base, "max_norm", None) is None
+        and not rows.merged
+        and len(rows.active_adapters) == 1
+        and module.disable_adapters == rows.disable_adapters
+        and set(module.active_adapters) == set(rows.active_adapters) <= module._adapters
+    )
+
+
 @contextlib.contextmanager
 def adapters_joined(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers with a LoRA adapter multiply by the sum of both, forward and backward; in small float32
     models, where nothing but the plain adapter is there to be done. The sums are kept until backward."""
     modules = list(model.modules())
-    layers: dict[Any, str] = {m: name for m in modules if _name(m) == LORA and (name := _plain_adapter(m)) is not None}
+    adapted = [module for module in modules if name_of(module) == LORA]
+    layers: dict[Any, str] = {m: name for m in adapted if (name := _plain_adapter(m)) is not None}
     if any(map(_is_fixed, modules)) or _has_any_global_hook():
         layers = {}
     on = next((layer.base_layer.weight.device.type for layer in layers), "cpu")
@@ -271,7 +320,7 @@ def adapters_joined(model: nn.Module) -> Iterator[None]:
 
 def _is_fixed(module: nn.Module) -> bool:
     """Whether what is below has to stay as it is: it runs once more in backward, or was compiled."""
-    compiled = module._compiled_call_impl is not None or _name(module) == COMPILED
+    compiled = module._compiled_call_impl is not None or name_of(module) == COMPILED
     return compiled or bool(getattr(module, "gradient_checkpointing", False))
 
 

@@ -288,6 +288,12 @@ def _adapt(base: PreTrainedModel, lora: Lora, rows: list[int]) -> Any:
 
     if lora.target_modules != "all-linear" and any(name.endswith("lm_head") for name in _as_list(lora.target_modules)):
         raise UserError("lora.target_modules: lm_head cannot carry LoRA; the delete token's own row is trained already")
+    bias = getattr(base.get_output_embeddings(), "bias", None)
+    if rows and bias is not None and bias.any():
+        raise UserError(
+            f"lora: the output head of {type(base).__name__} has a bias, which PEFT leaves out where it trains some of "
+            "its rows; train the whole model (lora: null), or another one"
+        )
     adapter = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

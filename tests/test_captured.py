@@ -10,11 +10,14 @@ import torch
 from conftest import DELETE, EOS, FAMILIES, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rl_backspace import backbone, captured
-from rl_backspace.backbone import Backbone, PointerCache
+from rl_backspace import backbone, captured, fused, policy
+from rl_backspace.backbone import Backbone, PointerCache, causal_lm
 from rl_backspace.captured import FEWER, Captured, can_capture
+from rl_backspace.config import Lora
 from rl_backspace.engine import Engine, Rollout, Sampling
+from rl_backspace.fused import Fused
 from rl_backspace.scoring import batched, pack, score
 from rl_backspace.semantics import Budget, Rules
 
@@ -58,7 +61,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Replayed]]:
 
     monkeypatch.setattr(Captured, "_capture", capture)
     monkeypatch.setattr(Captured, "_feed", feed)
-    monkeypatch.setattr(backbone, "can_capture", lambda causal: True)
+    monkeypatch.setattr(backbone, "can_capture", lambda causal, embed: True)
     return made
 
 
@@ -86,7 +89,7 @@ def test_a_free_row_is_fed_where_it_does_no_harm(graphs: list[Any]) -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations for which the CPU would wait for a GPU."""
+    """Notes the operations for which the CPU would wait for a GPU, and copies from one to the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,22 +97,31 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"):
+        out = func(*args, **(kwargs or {}))
+        devices = {part.device for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor)}
+        waits = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2")
+        if name in waits or (len(devices) > 1 and name in ("copy_", "_to_copy")):
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 @torch.no_grad()
-def waits(model: Any) -> list[str]:
-    """What a decode step would wait for, apart from what it costs on the CPU alone."""
-    network = Backbone(model)
-    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    _, prefilled = network.prefill(ids)
+def waits(model: Any, settle: bool = True, written_out: bool = False) -> list[str]:
+    """What a decode step would wait for, on a device that is not the CPU and computes nothing."""
+    _, prefilled = Backbone(model).prefill(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    model = model.to("meta")
+    for layer in prefilled.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    network: Any = Backbone(model).settled() if settle else Backbone(model)
+    if written_out:
+        layers = network.body.layers
+        laid_out = [fused._lay_out(layer, layers[0].self_attn) for layer in layers]
+        network = Fused(network.causal, laid_out, 20, network.embed or network.body.embed_tokens)
     cache = PointerCache(prefilled, 2, 20)
-    cache.fill(0, prefilled, torch.arange(2))
     cache.reserve(4)
+    ids, pointers = torch.zeros(2, 2, dtype=torch.long, device="meta")
     with Waits() as found:
-        network.decode(ids[:, 0], torch.tensor([3, 2]), cache)
+        network.decode(ids, pointers, cache)
     return found.found
 
 
@@ -121,29 +133,84 @@ def test_steps_that_may_be_captured_wait_for_nothing(
     if (family, attention) == ("Gemma2", "sdpa"):
         pytest.skip("it has no sdpa")
     monkeypatch.setattr(backbone, "FAST_ON", None)  # as on a GPU
-    model = tiny(family, attn_implementation=attention)
-    assert captured.never_waits(model)
-    assert waits(model) == []
-    assert waits(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()) == []
+    for adapted in (False, True):
+        for written_out in (False, True)[: 1 + (fused.name_of(tiny(family).base_model) in fused.FAMILIES)]:
+            model: Any = tiny(family, attn_implementation=attention)
+            model = policy._adapt(model, Lora(), [DELETE]).eval() if adapted else model  # as in training
+            now = Backbone(model).settled()
+            assert (now.embed is not None) == adapted and captured.never_waits(now.causal, now.embed)
+            assert waits(model, written_out=written_out) == []
 
 
 def test_a_step_that_waits_is_not_captured() -> None:
     model = tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    assert waits(model) != []
     assert not captured.never_waits(model)
+    with pytest.raises(RuntimeError, match="meta"):
+        waits(model)
     model = tiny("Gemma3Text")
     assert captured.never_waits(model)
     for part in model.config.rope_parameters.values():  # by layer type
         part["rope_type"] = "dynamic"
     assert not captured.never_waits(model)
+    model = policy._adapt(tiny(), Lora(), [DELETE]).eval()
+    assert not captured.never_waits(causal_lm(model), None)  # its rows come from the CPU at each step
+    assert waits(model, settle=False) != []
 
 
 def test_what_is_not_known_is_not_captured() -> None:
-    assert not can_capture(tiny())  # on no GPU
+    assert not can_capture(tiny(), None)  # on no GPU
     model = tiny()
     model.base_model.layers[0].mlp.act_fn = type("Own", (torch.nn.Module,), {"forward": lambda self, x: x})()
     assert not captured.never_waits(model)
     assert not captured.never_waits(tiny("Cohere"))
+    model = tiny("GPTNeoX")
+    assert captured.never_waits(model)
+    hook = model.base_model.layers[0].register_forward_hook(lambda *_: None)
+    assert not captured.never_waits(model)
+    hook.remove()
+    assert captured.never_waits(model)
+    model.base_model.layers[0].mlp.dense_h_to_4h.weight = type("Quantised", (torch.nn.Parameter,), {})(torch.ones(2, 2))
+    assert not captured.never_waits(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_what_cannot_be_captured_is_fed(
+    error: type[RuntimeError], graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tried = tiny(), []
+
+    def fail(self: Captured, rows: int, cache: Any) -> Any:
+        tried.append(rows)
+        raise error("no")
+
+    expected = [r.actions for r in rollouts(model, Sampling(temperature=0))]
+    count = len(graphs)
+    monkeypatch.setattr(Captured, "_capture", fail)
+    for _ in range(2):
+        assert [r.actions for r in rollouts(model, Sampling(temperature=0))] == expected
+    assert count == len(graphs) > 0
+    tries_again = error is torch.OutOfMemoryError  # there may be more room for the next rollouts
+    assert len(tried) == 1 + tries_again and (model in captured.uncaptured) != tries_again
+
+
+def test_of_rollouts_that_take_turns_one_has_graphs(graphs: list[Any]) -> None:
+    model, inner = tiny(), tiny(seed=1)
+    alone = [[r.actions for r in rollouts(m, Sampling(temperature=0))] for m in (model, inner)]
+    first, second = (Captured(Backbone(m), m, rows=8) for m in (model, inner))
+    first.graphs[8] = (object(), torch.empty(0))
+    captured._only(first)
+    assert first.graphs
+    captured._only(second)
+    assert not first.graphs
+    calls: list[list[list[int]]] = []
+
+    def within(index: int, action: int) -> None:
+        if len(calls) < 3:
+            calls.append([r.actions for r in rollouts(inner, Sampling(temperature=0))])
+
+    engine = Engine(model, RULES, rows=8)
+    done = engine.run(PROMPTS, BUDGET, Sampling(temperature=0), on_action=within)
+    assert [r.actions for r in done] == alone[0] and calls == [alone[1]] * 3
 
 
 @needs_gpu
@@ -152,7 +219,7 @@ def test_what_is_not_known_is_not_captured() -> None:
 def test_on_a_gpu_log_probs_are_those_that_scoring_finds(family: str, adapted: bool) -> None:
     model: Any = tiny(family).cuda()
     if adapted:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+        model = policy._adapt(model, Lora(), [DELETE]).eval()
     done = rollouts(model)
     assert sum(r.deletes for r in done) > 0
     ids, real = (part.cuda() for part in batched([r.prompt for r in done], [r.actions for r in done], 0))
@@ -165,9 +232,12 @@ def test_on_a_gpu_log_probs_are_those_that_scoring_finds(family: str, adapted: b
 
 
 @needs_gpu
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_steps_are_captured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_steps_are_captured(dtype: torch.dtype, adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, replays = tiny().to("cuda", dtype), []
+    if adapted:
+        model = policy._adapt(model, Lora(), [DELETE]).eval()
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
     done = rollouts(model)
@@ -215,13 +285,13 @@ def test_on_a_gpu_a_failed_capture_leaves_nothing_behind(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(layer, "forward", waits)
     assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
-    assert not can_capture(other)
+    assert not can_capture(other, None)
     assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
     torch.rand(1, device="cuda")
     torch.cuda.empty_cache()
     third = tiny("GPT2").cuda()
     rollouts(third)
-    assert can_capture(third)
+    assert can_capture(third, None)
 
 
 @needs_gpu
@@ -250,6 +320,5 @@ def test_a_hook_is_called_at_each_step() -> None:
     if torch.cuda.is_available():
         model = model.cuda()
     model.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    assert not can_capture(model)
     done = rollouts(model, rows=len(PROMPTS))
     assert len(calls) >= max(r.forward_passes for r in done)

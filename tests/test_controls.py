@@ -45,14 +45,13 @@ class Scripted(Engine):
         delete = min(policy.rules.deletes)
         self.ids = dict(zip("+-.<", (*signs, policy.tokenizer.eos_token_id, delete), strict=True))
 
-    def _sample(self, hidden: Tensor, rows: list[Running], *rest: Any) -> Any:
+    def _sample(self, logits: Tensor, rows: list[Running], *rest: Any) -> Any:
         logits = torch.full((len(rows), max(self.ids.values()) + 1), -1e4)
         for n, row in enumerate(rows):
             text = self.policy.text(row.machine.visible)
             for key, odds in self.script(self.rows_by_prompt[tuple(row.prompt)], text, row).items():
                 logits[n, self.ids[key]] = math.log(odds) if odds else -1e4
-        self.backbone.logits = lambda _: logits  # type: ignore[method-assign]
-        return super()._sample(hidden, rows, *rest)
+        return super()._sample(logits, rows, *rest)
 
 
 def examination(made: Policy, script: Script, how: str = "sampled", budget: Budget = BUDGET) -> Examination:

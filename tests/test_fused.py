@@ -9,16 +9,19 @@ from typing import Any
 import naive
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB, tiny
+from conftest import DELETE, EOS, FAMILIES, VOCAB, tiny
 from peft import LoraConfig, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
-from rl_backspace import fused
-from rl_backspace.backbone import Backbone, PointerCache
+from rl_backspace import fused, policy
+from rl_backspace.backbone import Backbone, PointerCache, causal_lm
+from rl_backspace.config import Lora
 from rl_backspace.engine import GREEDY, Engine
-from rl_backspace.fused import adapters_joined, fuse
+from rl_backspace.fused import adapters_joined, fuse, settled
 from rl_backspace.semantics import Budget, Rules
 
 FUSED = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -315,3 +318,95 @@ def test_joined_adapters_are_parted_when_something_fails() -> None:
     with pytest.raises(ZeroDivisionError), adapters_joined(model):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def rows_trained(model: Any, **overrides: Any) -> Any:
+    """With an adapter that trains the delete token's row too, as `policy` makes it, everything in it random."""
+    adapted = policy._adapt(model, Lora(**overrides), [DELETE]).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "trainable_tokens" in name:
+            nn.init.normal_(weight, std=0.2)
+    return adapted
+
+
+@pytest.fixture
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that PEFT put rows into a whole weight for."""
+    made: list[Any] = []
+    put_in = TrainableTokensLayer.get_merged_weights
+
+    def counted(self: Any, active: Any) -> torch.Tensor:
+        made.append(self)
+        return put_in(self, active)
+
+    monkeypatch.setattr(TrainableTokensLayer, "get_merged_weights", counted)
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_are_put_in_once_for_a_run(family: str, tied: bool, merges: list[Any]) -> None:
+    model = rows_trained(tiny(family, tie_word_embeddings=tied))
+    rules, budget = Rules({DELETE: "token"}, frozenset([EOS]), retry="ban"), Budget(answer=12, actions=24)
+    engine = Engine(model, rules)
+    before = []
+    for change in (1.0, 1.5):  # rows count as they are now
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "trainable_tokens" in name:
+                    weight.mul_(change)
+        merges.clear()
+        (ours,) = engine.run([[5, 6, 7]], budget, GREEDY)
+        assert len(merges) == 1 + (not tied)  # not once a step
+        assert ours.actions == naive.greedy(model, [5, 6, 7], rules, budget).history
+        before.append(ours.logprobs)
+    assert before[0] != before[1]
+
+
+@torch.inference_mode()
+def looked_up(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Embeddings and logits by the model's own modules, and by what `settled` makes of those that it knows."""
+    causal, ids = model.get_base_model(), torch.arange(VOCAB)
+    own = causal.get_input_embeddings(), causal.get_output_embeddings()
+    hidden = torch.randn(3, causal.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return tuple(  # type: ignore[return-value]
+        [part(what).clone() for part, what in zip(parts, (ids, hidden), strict=True) if part is not None]
+        for parts in (own, settled(*own))
+    )
+
+
+def test_rows_count_as_the_adapter_stands() -> None:
+    for family in ("Llama", "Gemma3Text", "Phi"):  # the second scales, the third has a bias, which PEFT leaves out
+        model = rows_trained(tiny(family))
+        if family == "Phi":
+            nn.init.normal_(model.get_base_model().lm_head.token_adapter.base_layer.bias)
+        for theirs, ours in zip(*looked_up(model), strict=True):
+            assert torch.equal(theirs, ours)
+        with_rows = looked_up(model)[1][0]
+        with model.disable_adapter():
+            for theirs, ours in zip(*looked_up(model), strict=True):
+                assert torch.equal(theirs, ours)
+            assert not torch.equal(looked_up(model)[1][0], with_rows)
+        model.merge_adapter()
+        assert looked_up(model)[1] == []  # nothing is put in
+
+
+def test_what_does_more_than_put_rows_in_stays() -> None:
+    hooked = rows_trained(tiny())
+    hooked.get_base_model().get_input_embeddings().register_forward_hook(lambda module, inputs, out: 2 * out)
+    for model, count in ((hooked, 1), (tiny(), 0)):
+        modules = model.get_input_embeddings(), causal_lm(model).get_output_embeddings()
+        assert sum(part is not None for part in settled(*modules)) == count
+
+
+def test_a_model_that_wants_to_see_the_tokens_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = GPTNeoXModel.forward
+
+    def strange(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        scale = 1.0 if inputs_embeds is None else 3.0
+        embedded = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
+        return forward(self, inputs_embeds=scale * embedded, **kwargs)
+
+    monkeypatch.setattr(GPTNeoXModel, "forward", strange)
+    model, rules, budget = rows_trained(tiny("GPTNeoX")), Rules({}, frozenset([EOS])), Budget(answer=8)
+    (ours,) = Engine(model, rules).run([[5, 6]], budget, GREEDY)
+    assert ours.actions == naive.greedy(model, [5, 6], rules, budget).history

@@ -229,10 +229,9 @@ class Typist(Engine):
         self.asked = {id(row.machine): self.answers[row.index] for row in batch.rows}
         return super()._choose(batch, *rest)
 
-    def _sample(self, hidden: Any, rows: list[Running], *rest: Any) -> tuple[list[int], list[float]]:
+    def _sample(self, logits: Any, rows: list[Running], *rest: Any) -> tuple[list[int], list[float]]:
         choices = [self._choice(self.asked[id(row.machine)], row.machine.visible) for row in rows]
-        self.backbone.logits = lambda _: 50 * torch.eye(self.back + 1)[choices]  # type: ignore[method-assign]
-        return super()._sample(hidden, rows, *rest)
+        return super()._sample(50 * torch.eye(self.back + 1)[choices], rows, *rest)
 
     def _choice(self, answer: list[int], visible: list[int]) -> int:
         return answer[len(visible)] if answer[: len(visible)] == visible and len(visible) < len(answer) else self.back

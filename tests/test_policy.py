@@ -353,6 +353,26 @@ def test_a_line_that_could_never_end_is_refused(tmp_path: Path) -> None:
     assert refused(lambda: policy(tmp_path, delete)).startswith("delete.boundary: no token")
 
 
+def test_a_head_with_a_bias_is_trained_whole(tmp_path: Path) -> None:
+    config = transformers.PhiConfig(
+        vocab_size=CHARACTERS + 2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = transformers.PhiForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    said = refused(lambda: create(str(tmp_path), Delete(), LORA, 0))
+    assert said.startswith("lora: the output head of PhiForCausalLM has a bias")
+    made, ids = create(str(tmp_path), Delete(), None, 0), torch.arange(CHARACTERS)[None]
+    assert torch.equal(logits(made.model, ids)[..., :CHARACTERS], logits(model, ids)[..., :CHARACTERS])
+    create(str(tmp_path), Delete(tokens={}), LORA, 0)  # a twin has no token of its own
+
+
 @pytest.mark.parametrize("modules", [["nothing_like_it"], ["lm_head"], "lm_head", ["embed_tokens"], ".*"])
 def test_lora_where_it_cannot_be_is_refused(modules: Any, tmp_path: Path) -> None:
     base = str(checkpoint(tmp_path))
