@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_backspace.captured import Captured, Network, can_capture, rotary, uncaptured
 from rl_backspace.errors import UserError
-from rl_backspace.fused import fuse, settled
+from rl_backspace.fused import Settled, fuse, name_of
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
 NOT_NUMBERS = (
@@ -145,8 +145,7 @@ class Backbone:
         self.causal = causal
         self.config = causal.config.get_text_config()
         self.body = causal.base_model
-        self.embed: nn.Module | None = None  # in place of the model's own, for the time of a run
-        self.head: nn.Module | None = None
+        self.settled = Settled()  # for the time of a run
         self.logit_scale = _logit_scale(self.config)
         self.logit_cap = getattr(self.config, "final_logit_softcapping", None)
         _refuse_by_config(causal)
@@ -171,24 +170,23 @@ class Backbone:
         """Hidden states (B, P - first, H) from position `first` on, and keys/values, of right-padded prompts (B, P)."""
         cache = DynamicCache()  # without the config, so that no layer drops what lies before its window
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        out = self.body(**self._fed(ids), position_ids=positions, past_key_values=cache, use_cache=True)
+        with self.settled.instead():
+            out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[:, first:], cache
 
-    def settled(self) -> Backbone:
-        """The same for one run, with the embedding and the head as they are now."""
+    def for_a_run(self) -> Backbone:
+        """The same, as long as the model does not change."""
         now = copy.copy(self)
-        if self.causal not in _unsettled:
-            now.embed, now.head = settled(self.body.get_input_embeddings(), self.causal.get_output_embeddings())
+        now.settled = Settled.of(self.causal)
         return now
-
-    def _fed(self, ids: Tensor) -> dict[str, Tensor]:
-        return {"input_ids": ids} if self.embed is None else {"inputs_embeds": self.embed(ids)}
 
     def fastest(self, capacity: int, rows: int = 1) -> Network:
         """What does `prefill` and `decode` fastest for the model as it is now and `rows` rows of up to `capacity`
         tokens."""
-        network = (self.causal not in _unfused and fuse(self.causal, capacity, self.embed)) or self
-        return Captured(network, self.causal, rows) if can_capture(self.causal, self.embed) else network
+        embed = self.body.get_input_embeddings()
+        embed = self.settled.get(getattr(embed, "token_adapter", embed), embed)
+        network = (self.causal not in _unfused and fuse(self.causal, capacity, embed)) or self
+        return Captured(network, self.causal, rows) if can_capture(self.causal, self.settled) else network
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:
         """Feed one token per row at `pointers` (n,), its position, where the cache has room; hidden states (n, H)."""
@@ -197,21 +195,22 @@ class Backbone:
         fast = causal.config._attn_implementation == "sdpa" and (causal.device.type, causal.dtype) == FAST_ON
         token = _one_query.set(fast)
         try:
-            out = self.body(
-                **self._fed(ids[:, None]),
-                attention_mask=_added(causal, allowed) if fast else attention_mask(causal, allowed),
-                position_ids=pointers[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with self.settled.instead():
+                out = self.body(
+                    input_ids=ids[:, None],
+                    attention_mask=_added(causal, allowed) if fast else attention_mask(causal, allowed),
+                    position_ids=pointers[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         finally:
             _one_query.reset(token)
         return out.last_hidden_state[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (n, V) of hidden states (n, H), with the scalings that stock models apply."""
-        head = self.causal.get_output_embeddings() if self.head is None else self.head
-        logits = head(hidden).float()
+        with self.settled.instead():
+            logits = self.causal.get_output_embeddings()(hidden).float()
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return torch.tanh(logits / self.logit_cap) * self.logit_cap if self.logit_cap else logits
@@ -313,7 +312,6 @@ def _added(causal: Any, allowed: Tensor) -> Tensor:
 
 _passed: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()  # models that were checked
 _unfused: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # that do something else than what is written out
-_unsettled: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # that want to see the tokens
 
 
 def check(backbone: Backbone) -> None:
@@ -327,7 +325,8 @@ def check(backbone: Backbone) -> None:
         UserError: the two differ, or the model cannot be driven this way at all.
     """
     name = type(backbone.causal).__name__
-    how = (backbone.causal.config._attn_implementation, backbone.causal.dtype, backbone.device)
+    parts = frozenset(map(name_of, backbone.causal.modules()))  # an adapter may have come since
+    how = (backbone.causal.config._attn_implementation, backbone.causal.dtype, backbone.device, parts)
     if _passed.get(backbone.causal) == how:
         return
 
@@ -339,7 +338,7 @@ def check(backbone: Backbone) -> None:
     try:
         with torch.no_grad(), evaluating(backbone.causal):
             rewound, packed, expected = _three_ways(backbone)
-            for slower in (_unfused, uncaptured, _unsettled):  # a function that its layers call may have been replaced
+            for slower in (_unfused, uncaptured):  # a function that its layers call may have been replaced
                 if not is_close(rewound, expected) and is_close(packed, expected):
                     slower.add(backbone.causal)
                     rewound, _, _ = _three_ways(backbone)
@@ -358,7 +357,7 @@ def check(backbone: Backbone) -> None:
 
 def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (V,) after three tokens and another: rewound to from five, beside the deleted two, and from scratch."""
-    backbone = backbone.settled()
+    backbone = backbone.for_a_run()
     ids = (torch.arange(1, 7, device=backbone.device) * 7919) % backbone.config.vocab_size
     forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
     network = backbone.fastest(capacity=5)
@@ -368,6 +367,8 @@ def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
     cache.reserve(5)
     for token, position in ((ids[2], 2), (ids[3], 3), (ids[4], 4), (ids[5], 3)):
         hidden = network.decode(token[None], torch.tensor([position], device=ids.device), cache)
+    rewound = backbone.logits(hidden)[0]
+    del network, backbone.settled  # before PEFT makes its own
     beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
     beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two
     packed = forward(
@@ -377,7 +378,7 @@ def _three_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
         use_cache=False,
     ).logits[0, -1]
     expected = forward(input_ids=ids[None, [0, 1, 2, 5]]).logits[0, -1]
-    return backbone.logits(hidden)[0], packed.float(), expected.float()
+    return rewound, packed.float(), expected.float()
 
 
 def _refuse_by_config(causal: PreTrainedModel) -> None:

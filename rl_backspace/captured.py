@@ -11,14 +11,14 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rl_backspace.fused import ROWS, is_changed, name_of
+from rl_backspace.fused import TOKENS, is_changed, name_of
 
 # their steps never wait for the GPU, which cannot be captured; tests say so
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX", "GPT2", "Phi", "Gemma2", "Gemma3Text")
@@ -165,26 +165,26 @@ def rotary(config: Any) -> list[dict[str, Any]]:
     return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
-def can_capture(causal: Any, embed: nn.Module | None) -> bool:
+def can_capture(causal: Any, settled: Collection[Any]) -> bool:
     """Whether a model's steps may be captured here: on one GPU, nothing in it but what is known, nobody who hooks into
     it, since a replay calls no hooks, and in the main thread, since threads would share streams.
 
     Args:
-        embed: what takes its embedding's place (`fused.settled`).
+        settled: layers that are not called (`fused.Settled`).
     """
-    if causal.device.type != "cuda" or causal in uncaptured or not never_waits(causal, embed):
+    if causal.device.type != "cuda" or causal in uncaptured or not never_waits(causal, settled):
         return False
     if threading.current_thread() is not threading.main_thread():
         return False
     return all(parameter.device == causal.device for parameter in causal.parameters())
 
 
-def never_waits(causal: Any, embed: nn.Module | None = None) -> bool:
+def never_waits(causal: Any, settled: Collection[Any] = ()) -> bool:
     """Whether a model is of `FAMILIES`, as it stands in transformers, and each part of it is too; and no adapter puts
-    rows into its embedding at each step, whose numbers come from the CPU."""
+    rows into a weight at each step, whose numbers come from the CPU."""
     body = causal.base_model
     known = type(body).__name__ in [f"{family}Model" for family in FAMILIES]
     known = known and all(part.get("rope_type") != "dynamic" for part in rotary(causal.config.get_text_config()))
     parts = all(type(part).__module__.partition(".")[0] in SOURCES for part in causal.modules())
-    known = known and (embed is not None or name_of(body.get_input_embeddings()) != ROWS)
+    known = known and all(name_of(part) != TOKENS or part in settled for part in causal.modules())
     return known and parts and not is_changed(body) and all(type(p) is nn.Parameter for p in causal.parameters())

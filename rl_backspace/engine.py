@@ -248,7 +248,8 @@ class Engine:
         on_action: Callable[[int, int], None] | None = None,
         begun: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
-        """Roll out every prompt (token ids, not empty) once; results in the prompts' order.
+        """Roll out every prompt (token ids, not empty) once; results in the prompts' order. The model must not change
+        until then.
 
         Args:
             on_action: (prompt index, action) is told of each action as it is chosen.
@@ -506,7 +507,7 @@ class _Batch:
     """The rows that run now: always the first `len(rows)` rows of every buffer."""
 
     def __init__(self, backbone: Backbone, size: int, capacity: int):
-        self.backbone, self.size, self.capacity = backbone.settled(), size, capacity
+        self.backbone, self.size, self.capacity = backbone.for_a_run(), size, capacity
         self.network = self.backbone.fastest(capacity, size)
         self.rows: list[Running] = []
         self.cache: PointerCache | None = None

@@ -7,7 +7,7 @@ what is listed in `FAMILIES`, as it stands in transformers; everything else take
 
 In training, any model's own forward is taken, in which layers with an adapter are one product (`adapters_joined`).
 
-Where an adapter trains some rows of the embedding, PEFT copies the whole of it at each call to put them in: `settled`
+Where an adapter trains some rows of the embedding, PEFT copies the whole of it at each call to put them in: `Settled`
 does so once for a run, for any model.
 """
 
@@ -33,7 +33,7 @@ FAMILIES = {
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 LORA = ("peft.tuners.lora.layer", "Linear")
-ROWS = ("peft.utils.other", "TrainableTokensWrapper")
+TOKENS = ("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 # tokens of prompts at once: on a CPU what a layer makes of them stays in the core's own cache
 PART = {"cpu": 512, "cuda": 2**16}
@@ -173,7 +173,7 @@ def fuse(causal: Any, capacity: int, embed: nn.Module | None = None) -> Fused | 
     """A model as it is now, written out; None where it has to run its own forward.
 
     Args:
-        embed: what `settled` made of its embedding.
+        embed: what takes its embedding's place.
     """
     body = causal.base_model
     on = causal.device.type
@@ -205,7 +205,12 @@ def is_changed(model: nn.Module) -> bool:
 
 def _is_changed(module: nn.Module) -> bool:
     """Somebody has changed what it does, or transformers and PEFT have left hooks there that do nothing any more."""
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    return bool(_has_own_forward(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is not None and not isinstance(forward, _Instead)
 
 
 def _lay_out(layer: Any, first: Any) -> _Layer:
@@ -260,40 +265,55 @@ def _affine(module: Any) -> Affine:
     return weight, bias
 
 
-def settled(*modules: Any) -> tuple[nn.Module | None, ...]:
-    """What embeddings and output heads of one model are now, with the rows that an adapter trains put in; None for what
-    has to do so itself, or has none."""
-    weights: dict[tuple[int, int], nn.Parameter] = {}
-    return tuple(_settled(module, weights) if may_settle(module) else None for module in modules)
+class Settled(dict[Any, nn.Module]):
+    """By layer in which an adapter trains some rows of an embedding or output head, the same with these rows put into
+    its weight, once; PEFT copies the whole weight at each call. What does more than that is not among them.
+    """
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Settled:
+        """Those of a model as it is now."""
+        weights: dict[tuple[int, int], nn.Parameter] = {}
+        layers = [layer for layer in model.modules() if name_of(layer) == TOKENS and _may_settle(layer)]
+        return cls((layer, _settled(layer, weights)) for layer in layers)
+
+    @contextlib.contextmanager
+    def instead(self) -> Iterator[None]:
+        """Inside, the model's forward takes these."""
+        try:
+            for layer, settled in self.items():
+                layer.forward = _Instead(type(settled).forward, settled)
+            yield
+        finally:
+            for layer in self:
+                vars(layer).pop("forward", None)
 
 
-def _settled(wrapper: Any, weights: dict[tuple[int, int], nn.Parameter]) -> nn.Module:
-    rows, base = wrapper.token_adapter, wrapper.token_adapter.base_layer
-    if rows.disable_adapters:
-        return base  # type: ignore[no-any-return]
-    which = id(rows.trainable_tokens_delta), base.weight.data_ptr()  # tied ones need only one
+class _Instead(partial[Tensor]):
+    """What is there for a while; another thread's rollouts go on as if it were not."""
+
+
+def _settled(layer: Any, weights: dict[tuple[int, int], nn.Parameter]) -> nn.Module:
+    base = layer.base_layer
+    which = id(layer.trainable_tokens_delta), base.weight.data_ptr()  # tied ones need only one
     if which not in weights:
-        weights[which] = nn.Parameter(rows.get_merged_weights(rows.active_adapters).detach(), requires_grad=False)
+        weights[which] = nn.Parameter(layer.get_merged_weights(layer.active_adapters).detach(), requires_grad=False)
     made: nn.Module = copy.copy(base)
     made._parameters = {**dict.fromkeys(base._parameters), "weight": weights[which]}  # PEFT leaves a bias out
     return made
 
 
-def may_settle(module: Any) -> bool:
-    """Whether all that an embedding or output head does at each call is to put rows into its weight and take that."""
-    if name_of(module) != ROWS or _has_any_global_hook():
-        return False
-    rows, base = module.token_adapter, module.token_adapter.base_layer
-    plain = type(base).forward in (nn.Embedding.forward, nn.Linear.forward) or hasattr(base, "embed_scale")
+def _may_settle(layer: Any) -> bool:
+    """Whether all that a layer does at each call is to put rows into the weight of its base and take that."""
+    base, scale = layer.base_layer, getattr(layer.base_layer, "embed_scale", None)
+    scaled = isinstance(scale, Tensor) and scale.numel() == 1  # which PEFT knows of
     return (
-        plain
-        and not any(map(_is_changed, (module, rows, base)))
+        (type(base).forward in (nn.Embedding.forward, nn.Linear.forward) or scaled)
         and type(base.weight) is nn.Parameter
         and getattr(base, "max_norm", None) is None
-        and not rows.merged
-        and len(rows.active_adapters) == 1
-        and module.disable_adapters == rows.disable_adapters
-        and set(module.active_adapters) == set(rows.active_adapters) <= module._adapters
+        and not _has_own_forward(layer)
+        and not (layer.disable_adapters or layer.merged)
+        and len(layer.active_adapters) == 1
     )
 
 

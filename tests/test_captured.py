@@ -61,7 +61,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Replayed]]:
 
     monkeypatch.setattr(Captured, "_capture", capture)
     monkeypatch.setattr(Captured, "_feed", feed)
-    monkeypatch.setattr(backbone, "can_capture", lambda causal, embed: True)
+    monkeypatch.setattr(backbone, "can_capture", lambda causal, settled: True)
     return made
 
 
@@ -112,11 +112,11 @@ def waits(model: Any, settle: bool = True, written_out: bool = False) -> list[st
     model = model.to("meta")
     for layer in prefilled.layers:
         layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
-    network: Any = Backbone(model).settled() if settle else Backbone(model)
+    network: Any = Backbone(model).for_a_run() if settle else Backbone(model)
     if written_out:
         layers = network.body.layers
         laid_out = [fused._lay_out(layer, layers[0].self_attn) for layer in layers]
-        network = Fused(network.causal, laid_out, 20, network.embed or network.body.embed_tokens)
+        network = Fused(network.causal, laid_out, 20, next(iter(network.settled.values()), network.body.embed_tokens))
     cache = PointerCache(prefilled, 2, 20)
     cache.reserve(4)
     ids, pointers = torch.zeros(2, 2, dtype=torch.long, device="meta")
@@ -137,8 +137,8 @@ def test_steps_that_may_be_captured_wait_for_nothing(
         for written_out in (False, True)[: 1 + (fused.name_of(tiny(family).base_model) in fused.FAMILIES)]:
             model: Any = tiny(family, attn_implementation=attention)
             model = policy._adapt(model, Lora(), [DELETE]).eval() if adapted else model  # as in training
-            now = Backbone(model).settled()
-            assert (now.embed is not None) == adapted and captured.never_waits(now.causal, now.embed)
+            now = Backbone(model).for_a_run()
+            assert bool(now.settled) == adapted and captured.never_waits(now.causal, now.settled)
             assert waits(model, written_out=written_out) == []
 
 
@@ -153,12 +153,16 @@ def test_a_step_that_waits_is_not_captured() -> None:
         part["rope_type"] = "dynamic"
     assert not captured.never_waits(model)
     model = policy._adapt(tiny(), Lora(), [DELETE]).eval()
-    assert not captured.never_waits(causal_lm(model), None)  # its rows come from the CPU at each step
+    assert not captured.never_waits(causal_lm(model))  # its rows come from the CPU at each step
     assert waits(model, settle=False) != []
+    positions: Any = get_peft_model(tiny("GPT2"), LoraConfig(trainable_token_indices={"wpe": [3]})).eval()
+    positions.get_base_model().transformer.wpe.token_adapter.forward = lambda x: x  # by somebody else
+    now = Backbone(positions).for_a_run()
+    assert not now.settled and not captured.never_waits(now.causal, now.settled)
 
 
 def test_what_is_not_known_is_not_captured() -> None:
-    assert not can_capture(tiny(), None)  # on no GPU
+    assert not can_capture(tiny(), ())  # on no GPU
     model = tiny()
     model.base_model.layers[0].mlp.act_fn = type("Own", (torch.nn.Module,), {"forward": lambda self, x: x})()
     assert not captured.never_waits(model)
@@ -196,17 +200,13 @@ def test_what_cannot_be_captured_is_fed(
 def test_of_rollouts_that_take_turns_one_has_graphs(graphs: list[Any]) -> None:
     model, inner = tiny(), tiny(seed=1)
     alone = [[r.actions for r in rollouts(m, Sampling(temperature=0))] for m in (model, inner)]
-    first, second = (Captured(Backbone(m), m, rows=8) for m in (model, inner))
-    first.graphs[8] = (object(), torch.empty(0))
-    captured._only(first)
-    assert first.graphs
-    captured._only(second)
-    assert not first.graphs
     calls: list[list[list[int]]] = []
 
     def within(index: int, action: int) -> None:
-        if len(calls) < 3:
+        (outer,) = [it for one in captured._last if (it := one()) is not None and it.causal is model] or [None]
+        if outer is not None and outer.graphs.get(8) and len(calls) < 3:
             calls.append([r.actions for r in rollouts(inner, Sampling(temperature=0))])
+            assert not outer.graphs
 
     engine = Engine(model, RULES, rows=8)
     done = engine.run(PROMPTS, BUDGET, Sampling(temperature=0), on_action=within)
@@ -285,13 +285,13 @@ def test_on_a_gpu_a_failed_capture_leaves_nothing_behind(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(layer, "forward", waits)
     assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
-    assert not can_capture(other, None)
+    assert not can_capture(other, ())
     assert [r.actions for r in rollouts(other, Sampling(temperature=0))] == expected
     torch.rand(1, device="cuda")
     torch.cuda.empty_cache()
     third = tiny("GPT2").cuda()
     rollouts(third)
-    assert can_capture(third, None)
+    assert can_capture(third, ())
 
 
 @needs_gpu

@@ -17,11 +17,11 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
-from rl_backspace import fused, policy
-from rl_backspace.backbone import Backbone, PointerCache, causal_lm
+from rl_backspace import backbone, fused, policy
+from rl_backspace.backbone import Backbone, PointerCache
 from rl_backspace.config import Lora
 from rl_backspace.engine import GREEDY, Engine
-from rl_backspace.fused import adapters_joined, fuse, settled
+from rl_backspace.fused import Settled, adapters_joined, fuse
 from rl_backspace.semantics import Budget, Rules
 
 FUSED = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -364,49 +364,80 @@ def test_trained_rows_are_put_in_once_for_a_run(family: str, tied: bool, merges:
 
 @torch.inference_mode()
 def looked_up(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Embeddings and logits by the model's own modules, and by what `settled` makes of those that it knows."""
+    """Embeddings and logits by the model's own modules, and with what `Settled` has for them."""
     causal, ids = model.get_base_model(), torch.arange(VOCAB)
-    own = causal.get_input_embeddings(), causal.get_output_embeddings()
     hidden = torch.randn(3, causal.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    return tuple(  # type: ignore[return-value]
-        [part(what).clone() for part, what in zip(parts, (ids, hidden), strict=True) if part is not None]
-        for parts in (own, settled(*own))
-    )
+
+    def both() -> list[torch.Tensor]:
+        return [causal.get_input_embeddings()(ids).clone(), causal.get_output_embeddings()(hidden).clone()]
+
+    own = both()
+    with Settled.of(causal).instead():
+        return own, both()
 
 
-def test_rows_count_as_the_adapter_stands() -> None:
+def test_rows_count_as_the_adapter_stands(merges: list[Any]) -> None:
     for family in ("Llama", "Gemma3Text", "Phi"):  # the second scales, the third has a bias, which PEFT leaves out
         model = rows_trained(tiny(family))
         if family == "Phi":
             nn.init.normal_(model.get_base_model().lm_head.token_adapter.base_layer.bias)
-        for theirs, ours in zip(*looked_up(model), strict=True):
-            assert torch.equal(theirs, ours)
-        with_rows = looked_up(model)[1][0]
+        with_rows, ours = looked_up(model)
+        assert all(map(torch.equal, with_rows, ours))
         with model.disable_adapter():
-            for theirs, ours in zip(*looked_up(model), strict=True):
-                assert torch.equal(theirs, ours)
-            assert not torch.equal(looked_up(model)[1][0], with_rows)
+            without, ours = looked_up(model)
+            assert all(map(torch.equal, without, ours)) and not Settled.of(model)
+            assert not any(map(torch.equal, without, with_rows))
         model.merge_adapter()
-        assert looked_up(model)[1] == []  # nothing is put in
+        merged, ours = looked_up(model)
+        assert all(map(torch.equal, merged, ours)) and not Settled.of(model)
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_what_does_more_than_put_rows_in_stays() -> None:
-    hooked = rows_trained(tiny())
-    hooked.get_base_model().get_input_embeddings().register_forward_hook(lambda module, inputs, out: 2 * out)
-    for model, count in ((hooked, 1), (tiny(), 0)):
-        modules = model.get_input_embeddings(), causal_lm(model).get_output_embeddings()
-        assert sum(part is not None for part in settled(*modules)) == count
+    model = rows_trained(tiny())
+    assert len(Settled.of(model)) == 2
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.token_adapter.forward = lambda x: 2 * embedding.token_adapter.base_layer(x)
+    assert list(Settled.of(model)) == [model.get_base_model().lm_head.token_adapter]
+    head = rows_trained(tiny()).get_base_model().lm_head
+    head.token_adapter.base_layer.__class__ = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
+    assert not Settled.of(head)
+    assert not Settled.of(tiny())
 
 
-def test_a_model_that_wants_to_see_the_tokens_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_on_the_embedding_is_called_at_each_step() -> None:
+    model, rules, calls = rows_trained(tiny()), Rules({}, frozenset([EOS])), []
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    engine = Engine(model, rules)
+    calls.clear()
+    (ours,) = engine.run([[5, 6]], Budget(answer=8), GREEDY)
+    assert len(calls) >= len(ours.actions)
+
+
+def test_a_model_sees_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some look them up a second time, so that embeddings would not do in their place."""
     forward = GPTNeoXModel.forward
 
-    def strange(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
-        scale = 1.0 if inputs_embeds is None else 3.0
-        embedded = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
-        return forward(self, inputs_embeds=scale * embedded, **kwargs)
+    def strange(self: Any, input_ids: torch.Tensor, inputs_embeds: None = None, **kwargs: Any) -> Any:
+        return forward(self, inputs_embeds=self.embed_in(input_ids) * (1 + input_ids[..., None] % 3), **kwargs)
 
     monkeypatch.setattr(GPTNeoXModel, "forward", strange)
-    model, rules, budget = rows_trained(tiny("GPTNeoX")), Rules({}, frozenset([EOS])), Budget(answer=8)
+    model, rules, budget = tiny("GPTNeoX"), Rules({}, frozenset([EOS])), Budget(answer=8)
+    Engine(model, rules)
+    model = rows_trained(model)
     (ours,) = Engine(model, rules).run([[5, 6]], budget, GREEDY)
     assert ours.actions == naive.greedy(model, [5, 6], rules, budget).history
+
+
+def test_a_model_that_got_an_adapter_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = []
+    three_ways = backbone._three_ways
+    monkeypatch.setattr(backbone, "_three_ways", lambda one: (checks.append(one), three_ways(one))[1])
+    model, rules = tiny(), Rules({}, frozenset([EOS]))
+    for _ in range(2):
+        Engine(model, rules)
+    assert len(checks) == 1
+    model = rows_trained(model)
+    for _ in range(2):
+        Engine(model, rules)
+    assert len(checks) == 2
