@@ -186,5 +186,6 @@ def never_waits(causal: Any, settled: Collection[Any] = ()) -> bool:
     known = type(body).__name__ in [f"{family}Model" for family in FAMILIES]
     known = known and all(part.get("rope_type") != "dynamic" for part in rotary(causal.config.get_text_config()))
     parts = all(type(part).__module__.partition(".")[0] in SOURCES for part in causal.modules())
-    known = known and all(name_of(part) != TOKENS or part in settled for part in causal.modules())
+    tokens = [part for part in causal.modules() if name_of(part) == TOKENS and part not in settled]
+    known = known and all(part.disable_adapters != part.merged for part in tokens)  # then it puts nothing in
     return known and parts and not is_changed(body) and all(type(p) is nn.Parameter for p in causal.parameters())

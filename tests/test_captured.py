@@ -154,6 +154,8 @@ def test_a_step_that_waits_is_not_captured() -> None:
     assert not captured.never_waits(model)
     model = policy._adapt(tiny(), Lora(), [DELETE]).eval()
     assert not captured.never_waits(causal_lm(model))  # its rows come from the CPU at each step
+    with model.disable_adapter():
+        assert captured.never_waits(causal_lm(model))
     assert waits(model, settle=False) != []
     positions: Any = get_peft_model(tiny("GPT2"), LoraConfig(trainable_token_indices={"wpe": [3]})).eval()
     positions.get_base_model().transformer.wpe.token_adapter.forward = lambda x: x  # by somebody else
