@@ -71,7 +71,7 @@ class Fused:
         embed: its embedding.
     """
 
-    def __init__(self, causal: Any, layers: list[_Layer], capacity: int, embed: nn.Module):
+    def __init__(self, causal: Any, layers: list[_Layer], capacity: int, embed: Callable[[Tensor], Tensor]):
         body, attention = causal.base_model, causal.base_model.layers[0].self_attn
         self.embed, self.norm, self.layers = embed, body.norm, layers
         self.width, self.scale = attention.head_dim, attention.scaling
@@ -169,7 +169,7 @@ class Fused:
         return hidden * (hidden * hidden).mm(self.mean).add_(epsilon).rsqrt_()
 
 
-def fuse(causal: Any, capacity: int, embed: nn.Module | None = None) -> Fused | None:
+def fuse(causal: Any, capacity: int, embed: Callable[[Tensor], Tensor] | None = None) -> Fused | None:
     """A model as it is now, written out; None where it has to run its own forward.
 
     Args:
@@ -265,9 +265,13 @@ def _affine(module: Any) -> Affine:
     return weight, bias
 
 
-class Settled(dict[Any, nn.Module]):
-    """By layer in which an adapter trains some rows of an embedding or output head, the same with these rows put into
-    its weight, once; PEFT copies the whole weight at each call. What does more than that is not among them.
+class _Instead(partial[Tensor]):
+    """A forward that is there for a while; another thread's rollouts go on as if it were not."""
+
+
+class Settled(dict[Any, _Instead]):
+    """By layer in which an adapter trains some rows of an embedding or output head, its forward with these rows put
+    into the weight, once; PEFT copies the whole weight at each call. What does more than that is not among them.
     """
 
     @classmethod
@@ -281,26 +285,22 @@ class Settled(dict[Any, nn.Module]):
     def instead(self) -> Iterator[None]:
         """Inside, the model's forward takes these."""
         try:
-            for layer, settled in self.items():
-                layer.forward = _Instead(type(settled).forward, settled)
+            for layer, forward in self.items():
+                layer.forward = forward
             yield
         finally:
             for layer in self:
                 vars(layer).pop("forward", None)
 
 
-class _Instead(partial[Tensor]):
-    """What is there for a while; another thread's rollouts go on as if it were not."""
-
-
-def _settled(layer: Any, weights: dict[tuple[int, int], nn.Parameter]) -> nn.Module:
+def _settled(layer: Any, weights: dict[tuple[int, int], nn.Parameter]) -> _Instead:
     base = layer.base_layer
     which = id(layer.trainable_tokens_delta), base.weight.data_ptr()  # tied ones need only one
     if which not in weights:
         weights[which] = nn.Parameter(layer.get_merged_weights(layer.active_adapters).detach(), requires_grad=False)
     made: nn.Module = copy.copy(base)
     made._parameters = {**dict.fromkeys(base._parameters), "weight": weights[which]}  # PEFT leaves a bias out
-    return made
+    return _Instead(type(made).forward, made)
 
 
 def _may_settle(layer: Any) -> bool:
