@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_backspace.captured import Captured, Network, can_capture, rotary, uncaptured
 from rl_backspace.errors import UserError
-from rl_backspace.fused import Settled, fuse, name_of
+from rl_backspace.fused import Settled, fuse, name_of, settling
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the attention implementations that take our 4D masks
 NOT_NUMBERS = (
@@ -183,8 +183,9 @@ class Backbone:
     def fastest(self, capacity: int, rows: int = 1) -> Network:
         """What does `prefill` and `decode` fastest for the model as it is now and `rows` rows of up to `capacity`
         tokens."""
-        embed = self.body.get_input_embeddings()
-        embed = self.settled.get(getattr(embed, "token_adapter", embed), embed)
+        embed = getattr(self.body, "embed_tokens", None)
+        settled = self.settled.get(getattr(embed, "token_adapter", embed))
+        embed = settled.put_in if settled else embed
         network = (self.causal not in _unfused and fuse(self.causal, capacity, embed)) or self
         return Captured(network, self.causal, rows) if can_capture(self.causal, self.settled) else network
 
@@ -325,8 +326,9 @@ def check(backbone: Backbone) -> None:
         UserError: the two differ, or the model cannot be driven this way at all.
     """
     name = type(backbone.causal).__name__
-    parts = frozenset(map(name_of, backbone.causal.modules()))  # an adapter may have come since
-    how = (backbone.causal.config._attn_implementation, backbone.causal.dtype, backbone.device, parts)
+    causal = backbone.causal
+    parts = frozenset(map(name_of, causal.modules())), len(settling(causal))  # an adapter may have come since
+    how = (causal.config._attn_implementation, causal.dtype, backbone.device, parts)
     if _passed.get(backbone.causal) == how:
         return
 

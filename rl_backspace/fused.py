@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -210,7 +211,7 @@ def _is_changed(module: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    return forward is not None and not isinstance(forward, _Instead)
+    return forward is not None and not isinstance(forward, Instead)
 
 
 def _lay_out(layer: Any, first: Any) -> _Layer:
@@ -265,11 +266,30 @@ def _affine(module: Any) -> Affine:
     return weight, bias
 
 
-class _Instead(partial[Tensor]):
-    """A forward that is there for a while; another thread's rollouts go on as if it were not."""
+class Instead:
+    """What takes the place of a layer's forward for a while, in the thread that put it there; others find the layer's.
+
+    Args:
+        layer: PEFT's, which puts rows into the weight of its base at each call.
+        made: its base with them.
+    """
+
+    def __init__(self, layer: Any, made: nn.Module):
+        self.layer, self.made = layer, made
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _inside.get():
+            return self.put_in(x)
+        return type(self.layer).forward(self.layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def put_in(self, x: Tensor) -> Tensor:
+        return type(self.made).forward(self.made, x)  # type: ignore[no-any-return]
 
 
-class Settled(dict[Any, _Instead]):
+_inside: ContextVar[bool] = ContextVar("inside", default=False)  # of this thread: such layers are replaced
+
+
+class Settled(dict[Any, Instead]):
     """By layer in which an adapter trains some rows of an embedding or output head, its forward with these rows put
     into the weight, once; PEFT copies the whole weight at each call. What does more than that is not among them.
     """
@@ -278,12 +298,12 @@ class Settled(dict[Any, _Instead]):
     def of(cls, model: nn.Module) -> Settled:
         """Those of a model as it is now."""
         weights: dict[tuple[int, int], nn.Parameter] = {}
-        layers = [layer for layer in model.modules() if name_of(layer) == TOKENS and _may_settle(layer)]
-        return cls((layer, _settled(layer, weights)) for layer in layers)
+        return cls((layer, Instead(layer, _settled(layer, weights))) for layer in settling(model))
 
     @contextlib.contextmanager
     def instead(self) -> Iterator[None]:
         """Inside, the model's forward takes these."""
+        token = _inside.set(True)
         try:
             for layer, forward in self.items():
                 layer.forward = forward
@@ -291,26 +311,35 @@ class Settled(dict[Any, _Instead]):
         finally:
             for layer in self:
                 vars(layer).pop("forward", None)
+            _inside.reset(token)
 
 
-def _settled(layer: Any, weights: dict[tuple[int, int], nn.Parameter]) -> _Instead:
+def settling(model: nn.Module) -> list[Any]:
+    """The layers that `Settled` replaces; none of a model that was compiled, which would be compiled for each run."""
+    modules = list(model.modules())
+    layers = [layer for layer in modules if name_of(layer) == TOKENS and _may_settle(layer)]
+    return [] if any(map(_is_compiled, modules)) else layers
+
+
+def _settled(layer: Any, weights: dict[tuple[int, int], nn.Parameter]) -> nn.Module:
     base = layer.base_layer
     which = id(layer.trainable_tokens_delta), base.weight.data_ptr()  # tied ones need only one
     if which not in weights:
         weights[which] = nn.Parameter(layer.get_merged_weights(layer.active_adapters).detach(), requires_grad=False)
     made: nn.Module = copy.copy(base)
     made._parameters = {**dict.fromkeys(base._parameters), "weight": weights[which]}  # PEFT leaves a bias out
-    return _Instead(type(made).forward, made)
+    return made
 
 
 def _may_settle(layer: Any) -> bool:
     """Whether all that a layer does at each call is to put rows into the weight of its base and take that."""
-    base, scale = layer.base_layer, getattr(layer.base_layer, "embed_scale", None)
-    scaled = isinstance(scale, Tensor) and scale.numel() == 1  # which PEFT knows of
+    kind, scaled = type(layer.base_layer), hasattr(layer.base_layer, "embed_scale")
+    stock = kind.forward in (nn.Embedding.forward, nn.Linear.forward)
+    gemma = kind.__module__.startswith("transformers.models.gemma")  # whose scale PEFT takes as it is
     return (
-        (type(base).forward in (nn.Embedding.forward, nn.Linear.forward) or scaled)
-        and type(base.weight) is nn.Parameter
-        and getattr(base, "max_norm", None) is None
+        (gemma if scaled else stock)
+        and type(layer.base_layer.weight) is nn.Parameter
+        and getattr(layer.base_layer, "max_norm", None) is None
         and not _has_own_forward(layer)
         and not (layer.disable_adapters or layer.merged)
         and len(layer.active_adapters) == 1
@@ -340,8 +369,11 @@ def adapters_joined(model: nn.Module) -> Iterator[None]:
 
 def _is_fixed(module: nn.Module) -> bool:
     """Whether what is below has to stay as it is: it runs once more in backward, or was compiled."""
-    compiled = module._compiled_call_impl is not None or name_of(module) == COMPILED
-    return compiled or bool(getattr(module, "gradient_checkpointing", False))
+    return _is_compiled(module) or bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or name_of(module) == COMPILED
 
 
 def _plain_adapter(layer: Any) -> str | None:

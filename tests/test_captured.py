@@ -116,7 +116,8 @@ def waits(model: Any, settle: bool = True, written_out: bool = False) -> list[st
     if written_out:
         layers = network.body.layers
         laid_out = [fused._lay_out(layer, layers[0].self_attn) for layer in layers]
-        network = Fused(network.causal, laid_out, 20, next(iter(network.settled.values()), network.body.embed_tokens))
+        put_in = [settled.put_in for settled in network.settled.values()]
+        network = Fused(network.causal, laid_out, 20, next(iter(put_in), network.body.embed_tokens))
     cache = PointerCache(prefilled, 2, 20)
     cache.reserve(4)
     ids, pointers = torch.zeros(2, 2, dtype=torch.long, device="meta")

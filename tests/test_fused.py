@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -403,6 +405,49 @@ def test_what_does_more_than_put_rows_in_stays() -> None:
     head.token_adapter.base_layer.__class__ = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
     assert not Settled.of(head)
     assert not Settled.of(tiny())
+
+
+def test_another_thread_trains_as_ever() -> None:
+    model = rows_trained(tiny("GPTNeoX"))
+    ids = torch.tensor([[5, DELETE, 7, DELETE]])
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [weight.grad.clone() for name, weight in model.named_parameters() if "trainable_tokens" in name]
+
+    with ThreadPoolExecutor(1) as pool:
+        expected = pool.submit(gradients).result()
+        with torch.inference_mode():
+            settled = Settled.of(model)
+            with settled.instead():
+                found = pool.submit(gradients).result()
+                copied = pool.submit(copy.deepcopy, model).result()
+    assert all(grad.abs().sum() > 0 for grad in expected) and len(found) == len(expected) > 0
+    assert all(map(torch.equal, found, expected))
+    with torch.no_grad():
+        before = copied(ids).logits.clone()
+        for name, weight in copied.named_parameters():
+            if "trainable_tokens" in name:
+                weight.mul_(2)
+        assert not torch.equal(copied(ids).logits, before)  # a copy that was made meanwhile is not frozen
+
+
+def test_a_compiled_model_is_left_as_it_is() -> None:
+    model = rows_trained(tiny())
+    assert len(Settled.of(model)) == 2
+    model.get_base_model().base_model.compile()
+    assert not Settled.of(model)
+
+
+def test_a_body_without_embeddings_of_its_own_is_driven(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise NotImplementedError
+
+    model, rules = tiny("GPTNeoX"), Rules({}, frozenset([EOS]))
+    monkeypatch.setattr(type(model.base_model), "get_input_embeddings", refuse)
+    (ours,) = Engine(model, rules).run([[5, 6]], Budget(answer=8), GREEDY)
+    assert ours.actions == naive.greedy(model, [5, 6], rules, Budget(answer=8)).history
 
 
 def test_a_hook_on_the_embedding_is_called_at_each_step() -> None:
