@@ -185,8 +185,8 @@ class Backbone:
         tokens."""
         embed = getattr(self.body, "embed_tokens", None)
         settled = self.settled.get(getattr(embed, "token_adapter", embed))
-        embed = settled.put_in if settled else embed
-        network = (self.causal not in _unfused and fuse(self.causal, capacity, embed)) or self
+        put_in = settled.put_in if settled else None
+        network = (self.causal not in _unfused and fuse(self.causal, capacity, put_in)) or self
         return Captured(network, self.causal, rows) if can_capture(self.causal, self.settled) else network
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: PointerCache) -> Tensor:

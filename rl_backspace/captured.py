@@ -59,6 +59,8 @@ class Captured:
 
     def decode(self, ids: Tensor, pointers: Tensor, cache: Any) -> Tensor:
         """As `network`'s; the result is overwritten by the next step."""
+        if self.causal in uncaptured or not self.fits:
+            return self.network.decode(ids, pointers, cache)
         _only(self)
         if cache is not self.cache or cache.length != self.length:
             self.cache, self.length, self.graphs = cache, cache.length, {}
@@ -72,8 +74,6 @@ class Captured:
 
     def _step(self, rows: int, cache: Any) -> Tensor | None:
         """Hidden states (rows, H); None where that cannot be done, and nothing was."""
-        if self.causal in uncaptured or not self.fits:
-            return None
         try:
             if rows not in self.graphs:
                 self.graphs[rows] = None

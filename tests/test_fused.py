@@ -322,9 +322,9 @@ def test_joined_adapters_are_parted_when_something_fails() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def rows_trained(model: Any, **overrides: Any) -> Any:
+def rows_trained(model: Any) -> Any:
     """With an adapter that trains the delete token's row too, as `policy` makes it, everything in it random."""
-    adapted = policy._adapt(model, Lora(**overrides), [DELETE]).eval()
+    adapted = policy._adapt(model, Lora(), [DELETE]).eval()
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "trainable_tokens" in name:
             nn.init.normal_(weight, std=0.2)
@@ -378,7 +378,7 @@ def looked_up(model: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return own, both()
 
 
-def test_rows_count_as_the_adapter_stands(merges: list[Any]) -> None:
+def test_rows_count_as_the_adapter_stands() -> None:
     for family in ("Llama", "Gemma3Text", "Phi"):  # the second scales, the third has a bias, which PEFT leaves out
         model = rows_trained(tiny(family))
         if family == "Phi":
