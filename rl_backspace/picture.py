@@ -18,6 +18,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00"]
 COLOURS += ["#56b4e9", "#8c564b", "#7b4fb5", "#7a9a01", "#d62728", "#7f7f7f"]
 MARKERS = "os^Dv<>pPX*h"
 OTHERS = "#c8c8c8"
+ACROSS = 4  # experiments of a study beside each other: more could not be read
 STUDY_POINTS = (
     ("policy", COLOURS[1], "o", "delete token"),
     ("blocked", COLOURS[1], "x", "the same, blocked"),
@@ -58,19 +59,21 @@ def draw(groups: Sequence[Group], columns: Sequence[str], sort: str, path: Path)
 
 
 def draw_study(verdicts: Sequence[Verdict], curves: dict[tuple[str, int, str], Any], path: Path) -> None:
-    """Accuracy against actions per answer, a panel for each experiment and decoding: the policy and the twin as points
+    """Accuracy against actions per answer, for each experiment sampled above greedy: the policy and the twin as points
     with intervals, the policy's answers cut off earlier, and the twin's tries, as lines (the mean over seeds)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(verdict.experiment for verdict in verdicts))
+    across = min(ACROSS, len(names))
+    rows = 2 * -(-len(names) // across)
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with rc_context({**style, "grid.alpha": 0.25, "grid.linewidth": 0.6, "text.parse_math": False}):
-        figure = Figure(figsize=(3.4 * len(names) + 0.6, 6), layout="constrained")
-        panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
+        figure = Figure(figsize=(3.4 * across + 0.6, 2.3 * rows + 0.8), layout="constrained")
+        panels = figure.subplots(rows, across, squeeze=False)
         for verdict in verdicts:
-            row, column = int(verdict.decoding == "greedy"), names.index(verdict.experiment)
-            axes = panels[row][column]
+            row, column = divmod(names.index(verdict.experiment), across)
+            axes = panels[2 * row + int(verdict.decoding == "greedy")][column]
             mine = {key: c[verdict.decoding] for key, c in curves.items() if key[0] == verdict.experiment}
             for which, curve, colour, label in STUDY_LINES:
                 lines = [found["curve"][curve] for (_, _, whose), found in mine.items() if whose == which]
@@ -81,13 +84,16 @@ def draw_study(verdicts: Sequence[Verdict], curves: dict[tuple[str, int, str], A
                 bars = {"xerr": _bar(x, 1), "yerr": _bar(y, 100)}
                 axes.errorbar(x.mean, 100 * y.mean, **bars, color=colour, marker=marker, linestyle="", label=label)
             axes.set_title(f"{verdict.experiment}, {verdict.decoding}", fontsize=9)
-        for axes in panels[-1]:
-            axes.set_xlabel("actions per answer")
-        for axes in panels[:, 0]:
-            axes.set_ylabel("accuracy, %")
+            if verdict.decoding == "greedy":
+                axes.sharex(panels[2 * row][column])
+                axes.set_xlabel("actions per answer")
+            if not column:
+                axes.set_ylabel("accuracy, %")
+        for axes in panels.flat:
+            axes.set_visible(axes.has_data())
         handles, labels = panels[0][0].get_legend_handles_labels()
-        across = min(3, len(names) + 1)
-        figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, fontsize=8.5)
+        ncols = min(3, across + 1)
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8.5)
         figure.savefig(path, format="png", dpi=150, metadata={"Software": PICTURE})
 
 
