@@ -164,6 +164,7 @@ def memory_of_scoring(setting: Setting) -> tuple[Side, Side]:
     model = models.make(setting.size, setting.deletes, setting.context)
     prompts, budget = models.prompts(setting.batch, setting.prompt), Budget(setting.actions, setting.actions)
     rollouts = Engine(model, RULES, rows=setting.batch).run(prompts.tolist(), budget)
+    expect_deletes(rollouts, setting.deletes)
     traces = torch.tensor([rollout.actions for rollout in rollouts], device=prompts.device)
     ids = torch.cat((prompts, traces), 1)
 
@@ -184,7 +185,9 @@ def memory_of_rollouts(setting: Setting, share: float = 0.4, longer: int = 4) ->
     def delete() -> list[Rollout]:  # the same each time
         return deleting.run(prompts, budget, generator=torch.Generator(models.DEVICE).manual_seed(0))
 
-    longest = max(len(context) for rollout in delete() for context in contexts(rollout.actions, RULES, budget))
+    rollouts = delete()
+    expect_deletes(rollouts, share)
+    longest = max(len(context) for rollout in rollouts for context in contexts(rollout.actions, RULES, budget))
     typing = Engine(models.make(setting.size, 0.0, setting.prompt + actions), RULES, rows=setting.batch)
     return lambda: len(delete()), lambda: len(typing.run(prompts, Budget(longest, deletes=0)))
 
@@ -202,8 +205,7 @@ def cost_of_deletes(setting: Setting, share: float = 0.3, batches: int = 4) -> t
         return sum(len(rollout.actions) - rollout.deletes for rollout in deleting.run(prompts, budget))
 
     rollouts = deleting.run(prompts, budget)
-    pressed = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
-    expect(abs(pressed - share) < 0.05, f"{share:.0%} of the actions are deletes (got {pressed:.0%})")
+    expect_deletes(rollouts, share)
     typed = Until(lengths=tuple(len(rollout.actions) - rollout.deletes for rollout in rollouts))
 
     def peer() -> int:
@@ -298,8 +300,12 @@ def grpo_step(setting: Setting, deletes: float, prompt: int, actions: int, group
     ours, peer = map(side, trainers)
     for run, trainer in zip((ours, peer), trainers, strict=True):
         run()
-        length = trainer.state.log_history[-1]["completions/mean_length"]
+        logged = trainer.state.log_history[-1]
+        length = logged["completions/mean_length"]
         expect(length == actions, f"each answer takes {actions} actions (got {length})")
+        if "deletes_per_answer" in logged:
+            pressed = logged["deletes_per_answer"] / actions
+            expect(abs(pressed - deletes) < 0.05, f"{deletes:.0%} of the actions are deletes (got {pressed:.0%})")
     return ours, peer
 
 
@@ -322,9 +328,7 @@ def rollouts_with_deletes(
     expect({len(trace) for trace in traces} == {setting.actions}, "the loop takes as many actions")
     share = sum(trace.count(models.DELETE) for trace in traces) / sum(map(len, traces))
     expect(abs(share - setting.deletes) < 0.15, f"it deletes about as often (got {share:.0%} in {alone} traces)")
-    rollouts = engine.run(prompts, budget)
-    share = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
-    expect(abs(share - setting.deletes) < 0.05, f"{setting.deletes:.0%} of the actions are deletes (got {share:.0%})")
+    expect_deletes(engine.run(prompts, budget), setting.deletes)
     return ours, peer
 
 
@@ -412,8 +416,7 @@ def packed_warmup(
 def large_vocabulary(setting: Setting, vocabulary: int = 50_257, draws: int = 10) -> tuple[Side, Side]:
     """One token for each row of the batch from a vocabulary such as GPT-2's, as `generate` draws it."""
     logits = 3 * torch.randn(setting.batch, vocabulary, generator=torch.Generator().manual_seed(0))
-    logits = logits.to(models.DEVICE)
-    logprobs, sampling = logits.log_softmax(-1), Sampling()
+    logits, sampling = logits.to(models.DEVICE), Sampling()
 
     def side(drawn: Callable[[], Tensor]) -> Side:
         def run() -> int:
@@ -422,7 +425,7 @@ def large_vocabulary(setting: Setting, vocabulary: int = 50_257, draws: int = 10
 
         return run
 
-    return side(lambda: draw(logprobs, sampling)), side(lambda: torch.multinomial(logits.softmax(-1), 1))
+    return side(lambda: draw(logits.log_softmax(-1), sampling)), side(lambda: torch.multinomial(logits.softmax(-1), 1))
 
 
 def start_up(setting: Setting) -> tuple[Side, Side]:
@@ -443,10 +446,19 @@ def on_device(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(models.DEVICE) for name, tensor in inputs.items()}
 
 
+class Unfair(RuntimeError):
+    """Two sides do not do the same."""
+
+
 def expect(holds: bool, what: str) -> None:
     """Refuse to time two sides that do not do the same."""
     if not holds:
-        raise RuntimeError(f"not a fair comparison; expected that {what}")
+        raise Unfair(f"not a fair comparison; expected that {what}")
+
+
+def expect_deletes(rollouts: Sequence[Rollout], share: float) -> None:
+    pressed = sum(rollout.deletes for rollout in rollouts) / sum(len(rollout.actions) for rollout in rollouts)
+    expect(abs(pressed - share) < 0.05, f"{share:.0%} of the actions are deletes (got {pressed:.0%})")
 
 
 CASES = {
@@ -459,7 +471,7 @@ CASES = {
     "continuous-skewed": Case(
         "rollouts, skewed lengths", "generate_batch", 1.5, partial(skewed_rollouts, continuous=True)
     ),
-    "shared": Case("rollouts of 16, 8 to a prompt of 64", "model.generate", 1.5, shared_prompts),
+    "shared": Case("rollouts, 8 to a longer prompt", "model.generate", 1.5, shared_prompts),
     "deletes": Case("rollouts, 30 % deletes", "the same without", 0.95, cost_of_deletes),
     "recompute": Case(
         "rollouts, 20 % deletes",
@@ -480,7 +492,7 @@ CASES = {
         partial(rollouts_with_deletes, peer_of=peers.backtrack_sampler, alone=2),
     ),
     "vocabulary": Case("draws from 50,257 tokens", "softmax, torch.multinomial", 3.0, large_vocabulary),
-    "shared-scoring": Case("scoring of 16, 8 to a prompt of 64", "each apart", 1.5, shared_scoring),
+    "shared-scoring": Case("scoring, 8 to a longer prompt", "each apart", 1.5, shared_scoring),
     "adapted-scoring": Case("scoring, no deletes, LoRA", "PEFT's layers, flat", 1.2, adapted_scoring),
     "grpo": Case(
         "GRPO step of 64 after 32, 20 % deletes",

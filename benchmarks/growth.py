@@ -22,7 +22,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cases import Setting, cost_of_deletes, rollouts_without_deletes, skewed_rollouts
 from benchmarks.measure import Comparison, Side, compare
 from benchmarks.models import SIZES
-from benchmarks.report import machine
+from benchmarks.report import at_least, machine, new_file
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,11 @@ def draw(found: dict[str, dict[str, list[float]]], title: str, path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="measured pairs per point, at least 2 (default 5)")
+    pairs, picture = at_least(2), new_file(".png")
+    parser.add_argument("--repeats", type=pairs, default=5, help="measured pairs per point, at least 2 (default 5)")
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
-    parser.add_argument("--out", type=Path, help="picture to write, with a JSON file beside it (default: in results/)")
+    parser.add_argument("--out", type=picture, help="PNG to write, with a JSON file beside it (default: in results/)")
     given = parser.parse_args()
-    if given.repeats < 2:
-        parser.error(f"--repeats is {given.repeats}; expected at least 2")
     torch.set_num_threads(1)
     setting, found = Setting(given.size), dict[str, dict[str, list[float]]]()
     for name, axis in AXES.items():
@@ -104,11 +103,11 @@ def main() -> None:
             lines["ours"].append(ours)
             lines["peer"].append(peer)
         found[name] = lines
-    picture = given.out or RESULTS / f"growth-{given.size}.png"
-    draw(found, f"Rollouts of the {given.size} model, 1 thread, {machine()['cpu']}", picture)
+    path = given.out or RESULTS / f"growth-{given.size}.png"
     content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "microseconds": found}
-    picture.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {picture} and {picture.with_suffix('.json')}")
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(found, f"Rollouts of the {given.size} model, 1 thread, {machine()['cpu']}", path)
+    print(f"written to {path} and {path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
 from benchmarks.models import SIZES
+from benchmarks.report import at_least
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
 from rl_backspace.fused import PART, Fused
@@ -130,12 +131,10 @@ def products(setting: Setting, typed: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=at_least(1), default=10)
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
     given = parser.parse_args()
     repeats = given.repeats
-    if repeats < 1:
-        parser.error(f"--repeats is {repeats}; expected at least 1")
     torch.set_num_threads(1)
     setting = Setting(given.size)
     sides = {key: CASES[key].setup(setting)[0] for key in ("generate", "recompute")}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,39 @@ from rich.table import Table
 
 from benchmarks.cases import Case, Setting
 from benchmarks.measure import Comparison, Peaks
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A number of the command line."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text}; expected a whole number, at least {least}")
+        return value
+
+    return number
+
+
+def new_file(ends: str) -> Callable[[str], Path]:
+    """A file of the command line, in a folder that is there or was made, so that no work is lost for it."""
+
+    def path(text: str) -> Path:
+        file = Path(text)
+        if file.suffix != ends or file.is_dir():
+            raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{file.parent}: {error.strerror}; name another folder") from error
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{file} cannot be written; name another file")
+        return file
+
+    return path
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ forward passes are spent on tokens that enter the context and on nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -218,7 +218,7 @@ class Engine:
         ahead: how many actions to draw at once where deletes may come back.
 
     Raises:
-        UserError: the model's cache cannot rewind, with the reason.
+        UserError: the model's cache cannot rewind, with the reason; it has no such delete token; or `rows` is below 1.
     """
 
     def __init__(
@@ -236,6 +236,10 @@ class Engine:
         self.keyboard = keyboard
         self.critic = critic
         self._deletes = torch.tensor([list(rules.deletes)])
+        self._vocabulary = self.backbone.config.vocab_size
+        if rows < 1:
+            raise UserError(f"rows: got {rows}; expected at least 1")
+        self._refuse_unknown(rules.deletes, "a delete token")
         check(self.backbone)
 
     @torch.inference_mode()
@@ -256,8 +260,8 @@ class Engine:
             begun: for each prompt the actions that were taken already, to go on from; their log-probs are nan.
 
         Raises:
-            UserError: a prompt is empty, or does not fit the model's context together with the budget; `begun` is of
-                another length; or the model's logits are not numbers.
+            UserError: a prompt is empty, has tokens that the model does not, or does not fit its context together with
+                the budget; `begun` is of another length; or the model's logits are not numbers.
             IllegalAction: the rules or the budget forbid an action of `begun`.
         """
         done: list[Rollout | None] = [None] * len(prompts)
@@ -383,7 +387,7 @@ class Engine:
                 logprobs = self.keyboard.through(logprobs)
             chosen, known = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, known)):  # a row of -inf is nan after the softmax
-            if logits.isnan().any():
+            if (logits.isnan() | logits.isposinf()).any():
                 raise UserError(NOT_NUMBERS)
             chosen = [action if math.isfinite(logprob) else -1 for action, logprob in zip(chosen, known, strict=True)]
         return chosen, known
@@ -420,6 +424,7 @@ class Engine:
         longest = max(map(len, prompts), default=1)
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("a prompt has no tokens; expected at least one: add a beginning-of-sequence token")
+        self._refuse_unknown(set().union(*prompts), "a prompt")
         answer = budget.most_actions if self.rules.memory == "keep" else min(budget.answer, budget.most_actions)
         if self.rules.memory == "hint":
             answer = min(2 * answer + 1, budget.most_actions)
@@ -431,6 +436,12 @@ class Engine:
                 "(max_new_tokens, --tokens, trainer.max_completion_length)"
             )
         return capacity
+
+    def _refuse_unknown(self, tokens: Collection[int], where: str) -> None:
+        """On a GPU an id that is not there would end the process."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < self._vocabulary)
+            raise UserError(f"{where}: got token {wrong}; the model has tokens 0 to {self._vocabulary - 1}")
 
     def room(self, prompts: Sequence[Sequence[int]]) -> int:
         """Most visible tokens that the model's context has room for behind these prompts, by the default budget of

@@ -183,13 +183,36 @@ def test_stuck_when_nothing_is_legal() -> None:
     assert (rollout.end, rollout.actions) == ("stuck", [])
 
 
-def test_a_diverged_policy_is_named_not_called_stuck() -> None:
+def with_bias(token: int, value: float) -> transformers.PreTrainedModel:
+    """A model whose head adds a value to one token's logit."""
+    model = tiny()
+    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    with torch.no_grad():
+        model.get_output_embeddings().bias[token] = value
+    return model
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=3)])
+def test_a_diverged_policy_is_named_not_called_stuck(sampling: Sampling) -> None:
     model = tiny()
     engine = Engine(model, rules())
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(torch.nan)
     with pytest.raises(UserError, match="diverged"):
-        engine.run([[3, 4]], Budget(5))
+        engine.run([[3, 4]], Budget(5), sampling)
+    model = with_bias(5, 0.0)
+    engine = Engine(model, rules())
+    with torch.no_grad():
+        model.get_output_embeddings().bias[5] = torch.inf
+    with pytest.raises(UserError, match="overflow"):
+        engine.run([[3, 4]], Budget(5), sampling)
+    with pytest.raises(UserError, match="overflow"):
+        Engine(with_bias(5, torch.inf), rules())
+
+
+def test_a_model_may_ban_a_token() -> None:
+    rollouts = Engine(with_bias(5, -torch.inf), rules()).run(some_prompts(40), Budget(20))
+    assert all(rollout.end != "stuck" and 5 not in rollout.actions for rollout in rollouts)
 
 
 @pytest.mark.parametrize("vocabulary", [LARGE, LARGE + 1, 5 * LARGE, 5 * LARGE + 77])
@@ -358,6 +381,17 @@ def test_refuses_prompts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="no tokens"):
         engine.run([[3], []], Budget(answer=20))
     assert engine.run([], Budget(answer=20)) == []
+
+
+def test_refuses_tokens_that_the_model_does_not_have_and_no_rows() -> None:
+    engine = Engine(tiny(), rules())
+    for wrong in (-1, VOCAB):
+        with pytest.raises(UserError, match=f"a prompt: got token {wrong}; the model has tokens 0 to {VOCAB - 1}"):
+            engine.run([[3], [4, wrong]], Budget(answer=20))
+    with pytest.raises(UserError, match=f"a delete token: got token {VOCAB}"):
+        Engine(tiny(), Rules({VOCAB: "token"}, frozenset([EOS])))
+    with pytest.raises(UserError, match="rows: got 0"):
+        Engine(tiny(), rules(), rows=0)
 
 
 PLAIN = """phi3 smollm3 olmo olmo2 olmo3 granite cohere cohere2 stablelm starcoder2 falcon opt glm glm4 nemotron exaone4
