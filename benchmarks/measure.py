@@ -76,12 +76,14 @@ def compare(ours: Side, peer: Side, repeats: int, on_pair: Callable[[], None] = 
         for name in sorted(sides, reverse=bool(repeat % 2)):
             gc.collect()
             gc.freeze()  # a collection in a side looks at what it made, not at all that the process holds
-            wall, cpu = time.perf_counter(), time.process_time()
-            work = sides[name]()
-            timings[name].wall.append(time.perf_counter() - wall)
-            timings[name].cpu.append(time.process_time() - cpu)
+            try:
+                wall, cpu = time.perf_counter(), time.process_time()
+                work = sides[name]()
+                timings[name].wall.append(time.perf_counter() - wall)
+                timings[name].cpu.append(time.process_time() - cpu)
+            finally:
+                gc.unfreeze()
             timings[name].work.append(work)
-            gc.unfreeze()
         on_pair()
     return Comparison(timings["ours"], timings["peer"])
 

@@ -41,12 +41,13 @@ def new_file(ends: str) -> Callable[[str], Path]:
 
     def path(text: str) -> Path:
         file = Path(text)
-        if file.suffix != ends or file.is_dir():
-            raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
         try:
+            fits = file.suffix == ends and not file.is_dir()
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise argparse.ArgumentTypeError(f"{file.parent}: {error.strerror}; name another folder") from error
+            raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; name another file") from error
+        if not fits:
+            raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise argparse.ArgumentTypeError(f"{file} cannot be written; name another file")
         return file

@@ -351,7 +351,7 @@ def check(backbone: Backbone) -> None:
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
-    if (expected.isnan() | expected.isposinf()).any():
+    if (expected.isnan() | expected.isposinf()).any() or not expected.isfinite().any():
         raise UserError(NOT_NUMBERS)
     if not (is_close(rewound, expected) and is_close(packed, expected)):
         off = max(gap(logits, expected) for logits in (rewound, packed))

@@ -236,10 +236,10 @@ class Engine:
         self.keyboard = keyboard
         self.critic = critic
         self._deletes = torch.tensor([list(rules.deletes)])
-        self._vocabulary = self.backbone.config.vocab_size
+        self._vocabulary = len(self.backbone.causal.get_output_embeddings().weight)
         if rows < 1:
             raise UserError(f"rows: got {rows}; expected at least 1")
-        self._refuse_unknown(rules.deletes, "a delete token")
+        self._refuse_unknown([rules.deletes], "a delete token")
         check(self.backbone)
 
     @torch.inference_mode()
@@ -261,7 +261,7 @@ class Engine:
 
         Raises:
             UserError: a prompt is empty, has tokens that the model does not, or does not fit its context together with
-                the budget; `begun` is of another length; or the model's logits are not numbers.
+                the budget; `begun` is of another length or has such tokens; or the model's logits are not numbers.
             IllegalAction: the rules or the budget forbid an action of `begun`.
         """
         done: list[Rollout | None] = [None] * len(prompts)
@@ -276,6 +276,7 @@ class Engine:
         """An empty batch, and the rows that wait for a place in it, the first one last."""
         if begun is not None and len(begun) != len(prompts):
             raise UserError(f"begun: got actions of {len(begun)} rollouts for {len(prompts)} prompts")
+        self._refuse_unknown(begun or [], "begun")
         batch = _Batch(self.backbone, min(self.rows, len(prompts)), self.capacity(prompts, budget))
         rows = []
         for index, (prompt, actions) in enumerate(zip(prompts, begun or [()] * len(prompts), strict=True)):
@@ -424,7 +425,7 @@ class Engine:
         longest = max(map(len, prompts), default=1)
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError("a prompt has no tokens; expected at least one: add a beginning-of-sequence token")
-        self._refuse_unknown(set().union(*prompts), "a prompt")
+        self._refuse_unknown(prompts, "a prompt")
         answer = budget.most_actions if self.rules.memory == "keep" else min(budget.answer, budget.most_actions)
         if self.rules.memory == "hint":
             answer = min(2 * answer + 1, budget.most_actions)
@@ -437,11 +438,12 @@ class Engine:
             )
         return capacity
 
-    def _refuse_unknown(self, tokens: Collection[int], where: str) -> None:
+    def _refuse_unknown(self, lists: Sequence[Collection[int]], where: str) -> None:
         """On a GPU an id that is not there would end the process."""
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
-            wrong = next(token for token in tokens if not 0 <= token < self._vocabulary)
-            raise UserError(f"{where}: got token {wrong}; the model has tokens 0 to {self._vocabulary - 1}")
+        lists = [tokens for tokens in lists if len(tokens)]
+        for token in (min(map(min, lists), default=0), max(map(max, lists), default=0)):
+            if not 0 <= token < self._vocabulary:
+                raise UserError(f"{where}: got token {token}; the model has tokens 0 to {self._vocabulary - 1}")
 
     def room(self, prompts: Sequence[Sequence[int]]) -> int:
         """Most visible tokens that the model's context has room for behind these prompts, by the default budget of

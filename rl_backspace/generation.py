@@ -225,8 +225,10 @@ class HuggingFace(Sampling):
         scores = logits.to(self.device)
         if self.processors:
             scores = self._process(scores, rows).masked_fill(scores == -torch.inf, -torch.inf)
-        possible = scores.amax(-1) > -torch.inf  # nor where it is nan
-        if self.processors and scores.isnan().any() and not logits.isnan().any():
+        top = scores.amax(-1)
+        numbers = top < torch.inf if self.do_sample else ~top.isnan()  # of logits that are none the engine tells
+        possible = numbers & (top > -torch.inf)
+        if self.processors and not numbers.all() and (logits < torch.inf).all():
             raise UserError("logits_processor: got scores that are not numbers; expected numbers or -inf")
         chosen = self._draw(scores, possible, rows, generator) if self.do_sample else scores.argmax(-1)
         return chosen.masked_fill(~possible, -1).to(logits.device)

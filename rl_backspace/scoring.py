@@ -248,7 +248,7 @@ def typing_divergence(logits: Tensor, reference: Tensor, packed: Packed, deletes
         part.flatten(0, 1)[packed.outputs[known]].float().index_fill(1, ids, -torch.inf).log_softmax(-1)
         for part in (logits, reference)
     )
-    gap = (theirs.exp() * (theirs - ours).index_fill(1, ids, 0.0)).sum(-1)
+    gap = (theirs.exp() * (theirs - ours).masked_fill(theirs == -torch.inf, 0.0)).sum(-1)
     return gap.sum() / max(1, len(gap))
 
 

@@ -192,7 +192,7 @@ def with_bias(token: int, value: float) -> transformers.PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=3)])
+@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=3), Sampling(delete_bias=1.0)])
 def test_a_diverged_policy_is_named_not_called_stuck(sampling: Sampling) -> None:
     model = tiny()
     engine = Engine(model, rules())
@@ -208,6 +208,11 @@ def test_a_diverged_policy_is_named_not_called_stuck(sampling: Sampling) -> None
         engine.run([[3, 4]], Budget(5), sampling)
     with pytest.raises(UserError, match="overflow"):
         Engine(with_bias(5, torch.inf), rules())
+    nothing = with_bias(5, 0.0)
+    with torch.no_grad():
+        nothing.get_output_embeddings().bias.fill_(-torch.inf)
+    with pytest.raises(UserError, match="not numbers"):
+        Engine(nothing, rules())
 
 
 def test_a_model_may_ban_a_token() -> None:
@@ -388,6 +393,8 @@ def test_refuses_tokens_that_the_model_does_not_have_and_no_rows() -> None:
     for wrong in (-1, VOCAB):
         with pytest.raises(UserError, match=f"a prompt: got token {wrong}; the model has tokens 0 to {VOCAB - 1}"):
             engine.run([[3], [4, wrong]], Budget(answer=20))
+        with pytest.raises(UserError, match=f"begun: got token {wrong}"):
+            engine.run([[3], [4]], Budget(answer=20), begun=[[3, wrong], []])
     with pytest.raises(UserError, match=f"a delete token: got token {VOCAB}"):
         Engine(tiny(), Rules({VOCAB: "token"}, frozenset([EOS])))
     with pytest.raises(UserError, match="rows: got 0"):

@@ -344,8 +344,15 @@ def test_processors_that_give_no_numbers_are_named_and_not_called_stuck() -> Non
         said = refused(lambda: ours(model_of(), inputs, logits_processor=[Broken()], do_sample=do_sample))  # noqa: B023
         assert said.startswith("logits_processor: ")
         broken = model_of()
+        ours(broken, inputs, do_sample=do_sample)  # it passes the engine's check
         with torch.no_grad():
             broken.get_output_embeddings().weight[3] = torch.nan
+        said = refused(lambda: ours(broken, inputs, do_sample=do_sample))  # noqa: B023
+        assert said.startswith("the model's logits are not numbers")
+        with torch.no_grad():
+            broken.get_output_embeddings().weight[3] = 0.0
+            broken.get_output_embeddings().bias = torch.nn.Parameter(torch.full((VOCAB,), -1.0))
+            broken.get_output_embeddings().bias[3] = torch.inf
         said = refused(lambda: ours(broken, inputs, do_sample=do_sample))  # noqa: B023
         assert said.startswith("the model's logits are not numbers")
 

@@ -220,3 +220,10 @@ def test_the_divergence_of_what_is_typed_equals_one_context_at_a_time(memory: st
     nudged = logits.detach().clone()
     nudged[..., list(WORDS)] += 5  # deletes are left out
     assert scoring.typing_divergence(nudged, logits, packed, list(WORDS)).item() == pytest.approx(0, abs=1e-6)
+    banned, free = logits.detach().clone(), other.detach().clone().requires_grad_()
+    banned[..., 3] = -torch.inf  # in both, as a model bans a token
+    divergence = scoring.typing_divergence(
+        free.index_fill(-1, torch.tensor([3]), -torch.inf), banned, packed, list(WORDS)
+    )
+    divergence.backward()
+    assert 0 < divergence.item() < torch.inf and free.grad.isfinite().all()
