@@ -978,13 +978,16 @@ def training(here: Path, base: Path) -> Iterator[subprocess.Popen[str]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = here / "run" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (metrics.exists() and '"rl"' in metrics.read_text()):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
-    yield process
-    process.kill()
-    process.wait()
+    deadline = time.time() + 300
+    try:
+        while not (metrics.exists() and '"rl"' in metrics.read_text()):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.time() < deadline, "no step of RL within five minutes"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
