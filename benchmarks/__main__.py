@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     pairs, threads, size = report.at_least(2), report.at_least(0), report.at_least(1)
     parser.add_argument("--repeats", type=pairs, default=9, help="measured pairs per case, at least 2 (default 9)")
     parser.add_argument("--threads", type=threads, default=1, help="torch threads (default 1; 0: torch's own choice)")
-    out = report.new_file(".json")
+    out = report.writable(".json")
     parser.add_argument("--out", type=out, help="JSON file for the results (default: one by date in results/)")
     for name, default in (("batch", 64), ("prompt", 32), ("actions", 64)):
         parser.add_argument(f"--{name}", type=size, default=default)

@@ -22,7 +22,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cases import Setting, cost_of_deletes, rollouts_without_deletes, skewed_rollouts
 from benchmarks.measure import Comparison, Side, compare
 from benchmarks.models import SIZES
-from benchmarks.report import at_least, machine, new_file
+from benchmarks.report import at_least, machine, writable
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def draw(found: dict[str, dict[str, list[float]]], title: str, path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    pairs, picture = at_least(2), new_file(".png")
+    pairs, picture = at_least(2), writable(".png")
     parser.add_argument("--repeats", type=pairs, default=5, help="measured pairs per point, at least 2 (default 5)")
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
     parser.add_argument("--out", type=picture, help="PNG to write, with a JSON file beside it (default: in results/)")

@@ -36,7 +36,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def new_file(ends: str) -> Callable[[str], Path]:
+def writable(ends: str) -> Callable[[str], Path]:
     """A file of the command line, in a folder that is there or was made, so that no work is lost for it."""
 
     def path(text: str) -> Path:

@@ -33,6 +33,11 @@ NOT_NUMBERS = (
 BLOCK = 16  # the cache grows by this many positions: reading a part of longer rows is slower than copying now and then
 
 
+def are_numbers(logits: Tensor) -> bool:
+    """Whether all are below infinity, as no nan is; -inf is what a model bans."""
+    return bool((logits < torch.inf).all())
+
+
 def lengthened(states: Tensor, length: int) -> Tensor:
     """(..., L, D) as (..., length, D), with zeros behind; what `pad` does by writing everything twice."""
     longer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
@@ -351,7 +356,7 @@ def check(backbone: Backbone) -> None:
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
-    if (expected.isnan() | expected.isposinf()).any() or not expected.isfinite().any():
+    if not (are_numbers(expected) and expected.isfinite().any()):
         raise UserError(NOT_NUMBERS)
     if not (is_close(rewound, expected) and is_close(packed, expected)):
         off = max(gap(logits, expected) for logits in (rewound, packed))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, check, evaluating, lengthened
+from rl_backspace.backbone import NOT_NUMBERS, Backbone, PointerCache, are_numbers, check, evaluating, lengthened
 from rl_backspace.errors import UserError
 from rl_backspace.semantics import ACTIONS_PER_TOKEN, Budget, End, Machine, Rules, replay
 
@@ -388,7 +388,7 @@ class Engine:
                 logprobs = self.keyboard.through(logprobs)
             chosen, known = actions.tolist(), logprobs.gather(1, actions.clamp(min=0)[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, known)):  # a row of -inf is nan after the softmax
-            if (logits.isnan() | logits.isposinf()).any():
+            if not are_numbers(logits):
                 raise UserError(NOT_NUMBERS)
             chosen = [action if math.isfinite(logprob) else -1 for action, logprob in zip(chosen, known, strict=True)]
         return chosen, known

@@ -51,6 +51,7 @@ from transformers.generation import EosTokenCriteria, GenerationMixin, Generatio
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, cached_file
 
+from rl_backspace.backbone import are_numbers
 from rl_backspace.engine import Engine, Rollout, Running, Sampling
 from rl_backspace.errors import UserError, first_line
 from rl_backspace.semantics import ACTIONS_PER_TOKEN, SEMANTICS_FILE, Budget, Machine, Rules
@@ -228,7 +229,7 @@ class HuggingFace(Sampling):
         top = scores.amax(-1)
         numbers = top < torch.inf if self.do_sample else ~top.isnan()  # of logits that are none the engine tells
         possible = numbers & (top > -torch.inf)
-        if self.processors and not numbers.all() and (logits < torch.inf).all():
+        if self.processors and not numbers.all() and are_numbers(logits):
             raise UserError("logits_processor: got scores that are not numbers; expected numbers or -inf")
         chosen = self._draw(scores, possible, rows, generator) if self.do_sample else scores.argmax(-1)
         return chosen.masked_fill(~possible, -1).to(logits.device)
