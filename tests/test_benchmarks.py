@@ -1,0 +1,176 @@
+"""The benchmarks compare what they say: both sides do the same work, and the command loses no result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import growth, measure, profile
+from benchmarks.cases import CASES, Case, Setting, Unfair, expect
+from benchmarks.measure import Comparison, Peaks, Timing, compare, peak
+from benchmarks.report import Result
+
+SMALL = Setting("1m", batch=8, prompt=4, actions=16)
+LONG = {"grpo", "grpo-shared", "warmup", "warmup-long", "start-up", "backtrack-sampler"}  # or not installed
+
+
+@pytest.fixture(autouse=True)
+def without_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that this process holds, half a second each."""
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
+
+
+@pytest.mark.parametrize("key", sorted(CASES.keys() - LONG))
+def test_both_sides_of_a_case_do_the_same_work(key: str) -> None:
+    ours, peer = CASES[key].setup(SMALL)  # compares tokens, deletes, log-probabilities or gradients
+    assert ours() > 0 and peer() > 0
+
+
+@pytest.mark.parametrize("key", sorted(CASES))
+def test_every_case_has_a_row_in_the_readme(key: str) -> None:
+    text = (Path(command.__file__).parent / "README.md").read_text(encoding="utf-8")
+    goal = f"{'at most ' if CASES[key].memory else ''}{CASES[key].goal:g}"
+    assert any(f"`{key}`" in line and line.endswith(f"| {goal} |") for line in text.splitlines())
+
+
+def test_who_goes_first_changes_and_the_first_runs_do_not_count() -> None:
+    order: list[str] = []
+
+    def side(name: str, work: int) -> Any:
+        def run() -> int:
+            order.append(name)
+            return work
+
+        return run
+
+    found = compare(side("ours", 6), side("peer", 3), 3)
+    assert order == ["ours", "peer", "ours", "peer", "peer", "ours", "ours", "peer"]
+    assert found.ours.work == [6] * 3 and found.peer.work == [3] * 3
+    assert len(found.ours.wall) == len(found.peer.cpu) == 3
+
+
+def test_a_ratio_is_that_of_neighbours_in_time() -> None:
+    """Not that of all work over all time, which a single slow pair would rule."""
+    slow = Comparison(Timing([10] * 3, [1, 100, 1], [1] * 3), Timing([1] * 3, [1, 100, 1], [1] * 3))
+    assert slow.ratios() == [10] * 3 and slow.ratio == 10 and slow.spread == (10, 10)
+
+
+@pytest.mark.parametrize(("memory", "ratio", "verdict"), [(False, 2, "ok"), (False, 1, "miss"), (True, 2, "miss")])
+def test_more_speed_and_less_memory_are_better(memory: bool, ratio: int, verdict: str) -> None:
+    case = Case("", "", 1.5, lambda setting: (int, int), memory)
+    speed = Comparison(Timing([ratio] * 2, [1] * 2, [1] * 2), Timing([1] * 2, [1] * 2, [1] * 2))
+    assert Result(case, Peaks(ratio, 1) if memory else speed).verdict == verdict
+
+
+def test_the_peak_is_what_is_there_at_once() -> None:
+    def apart() -> int:
+        for _ in range(4):
+            torch.zeros(1000)
+        return 1
+
+    def together() -> int:
+        return len([torch.zeros(1000) for _ in range(4)])
+
+    assert peak(together) == 4 * peak(apart) >= 16_000
+
+
+def run(monkeypatch: pytest.MonkeyPatch, main: Any, arguments: Sequence[object]) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
+    try:
+        return int(main() or 0)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def one() -> int:
+    return 1
+
+
+def unfair(setting: Setting) -> Any:
+    expect(False, "both sides do the same")
+
+
+def absent(setting: Setting) -> Any:
+    raise ModuleNotFoundError("no such package", name="some_peer")
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    fair = {"first": one, "last": one}
+    made = {
+        "unfair": Case("a", "b", 1.0, unfair),
+        "absent": Case("a", "b", 1.0, absent),
+        **{name: Case("a", "b", 0.0, lambda setting, side=side: (side, side)) for name, side in fair.items()},  # type: ignore[misc]
+    }
+    monkeypatch.setattr(command, "CASES", made)
+
+
+def test_a_refused_case_leaves_the_others(cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "deep" / "results.json"
+    assert run(monkeypatch, command.main, ["--repeats", 2, "--out", out]) == 1
+    found = json.loads(out.read_text())
+    assert list(found["cases"]) == ["first", "last"] and found["cases"]["last"]["verdict"] == "ok"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "unfair is left out: not a fair comparison; expected that both sides do the same" in said
+    assert "pip install --no-deps some_peer" in said
+
+
+def test_a_peer_that_is_not_installed_is_no_failure(
+    cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run(monkeypatch, command.main, ["absent", "last", "--repeats", 2, "--out", tmp_path / "a.json"]) == 0
+    assert run(monkeypatch, command.main, ["absent", "--out", tmp_path / "b.json"]) == 0
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_results_are_kept_when_a_later_case_breaks(
+    cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(setting: Setting) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.CASES, "broken", Case("a", "b", 1.0, broken))
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, command.main, ["first", "broken", "--repeats", 2, "--out", tmp_path / "a.json"])
+    assert list(json.loads((tmp_path / "a.json").read_text())["cases"]) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (command.main, ["generat"], "no case generat; there are generate,"),
+        (command.main, ["--repeats", "1"], "got 1; expected a whole number, at least 2"),
+        (command.main, ["--batch", "0"], "got 0; expected a whole number, at least 1"),
+        (command.main, ["--actions", "many"], "got many; expected a whole number, at least 1"),
+        (command.main, ["--out", "results.txt"], "got results.txt; expected a file that ends in .json"),
+        (command.main, ["--out", "{folder}/file/a.json"], "name another file"),
+        (command.main, ["--out", "{folder}/folder.json"], "expected a file that ends in .json"),
+        (growth.main, ["--out", "{folder}/picture.pdf"], "expected a file that ends in .png"),
+        (growth.main, ["--repeats", "1"], "at least 2"),
+        (profile.main, ["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    main: Any,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    assert run(monkeypatch, main, [argument.format(folder=tmp_path) for argument in arguments]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_unfair_comparisons_are_refused() -> None:
+    with pytest.raises(Unfair, match="the batch is a multiple of 8"):
+        CASES["shared"].setup(Setting("1m", batch=6))
