@@ -22,7 +22,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cases import Setting, cost_of_deletes, rollouts_without_deletes, skewed_rollouts
 from benchmarks.measure import Comparison, Side, compare
 from benchmarks.models import SIZES
-from benchmarks.report import at_least, machine, writable
+from benchmarks.report import at_least, machine, run, writable
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,29 @@ def draw(found: dict[str, dict[str, list[float]]], title: str, path: Path) -> No
         figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    pairs, picture = at_least(2), writable(".png")
+    pairs, picture = at_least(2), writable(".png", beside=".json")
     parser.add_argument("--repeats", type=pairs, default=5, help="measured pairs per point, at least 2 (default 5)")
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
     parser.add_argument("--out", type=picture, help="PNG to write, with a JSON file beside it (default: in results/)")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    path = given.out or RESULTS / f"growth-{given.size}.png"
     setting, found = Setting(given.size), dict[str, dict[str, list[float]]]()
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "microseconds": found}
     for name, axis in AXES.items():
-        lines: dict[str, list[float]] = {"values": list(axis.values), "ours": [], "peer": []}
+        lines = found[name] = {"values": [], "ours": [], "peer": []}
         for value in track(axis.values, description=axis.label, transient=True):
             ours, peer = microseconds(compare(*axis.setup(setting, value), given.repeats))
-            lines["ours"].append(ours)
-            lines["peer"].append(peer)
-        found[name] = lines
-    path = given.out or RESULTS / f"growth-{given.size}.png"
-    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "microseconds": found}
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draw(found, f"Rollouts of the {given.size} model, 1 thread, {machine()['cpu']}", path)
+            for key, number in (("values", value), ("ours", ours), ("peer", peer)):
+                lines[key].append(number)
+            path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    where = machine()["device"] if torch.cuda.is_available() else f"1 thread, {machine()['cpu']}"
+    draw(found, f"Rollouts of the {given.size} model, {where}", path)
     print(f"written to {path} and {path.with_suffix('.json')}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ inside it. Below them, what the matrix products alone would take.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections import defaultdict
@@ -20,12 +21,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.__main__ import RESULTS
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
 from benchmarks.models import SIZES
-from benchmarks.report import at_least
+from benchmarks.report import at_least, machine, run
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
+from rl_backspace.errors import UserError
 from rl_backspace.fused import PART, Fused
 
 REST = "bookkeeping: machines, rows, results"
@@ -129,11 +132,13 @@ def products(setting: Setting, typed: float) -> float:
     return time.thread_time() - started
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
     parser.add_argument("--repeats", type=at_least(1), default=10)
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
     given = parser.parse_args()
+    if torch.cuda.is_available():
+        raise UserError("the profile is of CPU time; put CUDA_VISIBLE_DEVICES= before the command")
     repeats = given.repeats
     torch.set_num_threads(1)
     setting = Setting(given.size)
@@ -158,7 +163,14 @@ def main() -> None:
     cells = [f"{1000 * took:.0f}  ({took / total:4.0%})" for took, total in zip(alone, totals.values(), strict=True)]
     table.add_row("matrix products alone", *cells)
     Console().print(table)
+    for took, total in zip(spent.values(), alone, strict=True):
+        took["matrix products alone"] = total
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "seconds": spent}
+    path = RESULTS / f"profile-{given.size}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

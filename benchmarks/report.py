@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -19,9 +20,10 @@ from rich.table import Table
 
 from benchmarks.cases import Case, Setting
 from benchmarks.measure import Comparison, Peaks
+from rl_backspace.errors import UserError, one_line
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int, most: int = 1_000_000) -> Callable[[str], int]:
     """A number of the command line."""
 
     def number(text: str) -> int:
@@ -29,30 +31,45 @@ def at_least(least: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {text}; expected a whole number, at least {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"got {text}; expected a whole number from {least} to {most:,}")
         return value
 
     return number
 
 
-def writable(ends: str) -> Callable[[str], Path]:
-    """A file of the command line, in a folder that is there or was made, so that no work is lost for it."""
+def writable(ends: str, beside: str = "") -> Callable[[str], Path]:
+    """A file of the command line that can be written, so that no work is lost for it, and with `beside` another one
+    that ends so; in a folder that is there or was made."""
 
     def path(text: str) -> Path:
         file = Path(text)
-        try:
-            fits = file.suffix == ends and not file.is_dir()
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise argparse.ArgumentTypeError(f"{text}: {error.strerror}; name another file") from error
-        if not fits:
+        if file.suffix != ends:
             raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{file} cannot be written; name another file")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for one in (file, file.with_suffix(beside or ends)):
+                is_new = not one.exists()
+                one.open("a").close()
+                if is_new:
+                    one.unlink()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{one_line(error)}; name another file") from error
         return file
 
     return path
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a command and end with its exit code: 2 where what was asked for cannot be, 130 where Ctrl-C ended it."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,6 @@ class Policy:
             UserError: the temperature is not above 0.
             semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
         """
-        if not temperature > 0:
-            raise UserError(f"temperature: got {temperature}; expected more than 0, since greedy has no probabilities")
         if not rollouts:
             return []
         ids, mask = batched([r.prompt for r in rollouts], [r.actions for r in rollouts], pad=0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_backspace.backbone import attention_mask, causal_lm
+from rl_backspace.errors import UserError
 from rl_backspace.fused import adapters_joined
 from rl_backspace.keyboard import Keyboard
 from rl_backspace.semantics import Budget, Layout, Rules, layout
@@ -52,7 +53,7 @@ class Packed:
 
 def batched(prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """TRL's shapes: ids and mask (B, P + K), prompts padded on the left, traces on the right."""
-    before, after = max(map(len, prompts)), max(map(len, traces))
+    before, after = max(map(len, prompts), default=0), max(map(len, traces), default=0)
     ids = torch.full((len(prompts), before + after), pad, dtype=torch.long)
     real = torch.zeros_like(ids)
     for i, (prompt, trace) in enumerate(zip(prompts, traces, strict=True)):
@@ -96,8 +97,13 @@ def pack(input_ids: Tensor, attention_mask: Tensor, steps: int, rules: Rules, bu
         rules, budget: what the traces were sampled under; together they fix which actions were legal.
 
     Raises:
+        UserError: there is no trace, or it has not so many columns.
         semantics.IllegalAction: a trace has an action that the rules or the budget forbid.
     """
+    if not (len(input_ids) and 0 <= steps <= input_ids.shape[1]):
+        raise UserError(
+            f"got ids {tuple(input_ids.shape)} and {steps} steps; expected rows of at least that many columns"
+        )
     start = input_ids.shape[1] - steps
     prompts, traces = [], []
     for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
@@ -254,5 +260,7 @@ def typing_divergence(logits: Tensor, reference: Tensor, packed: Packed, deletes
 
 def _among_legal(logits: Tensor, packed: Packed, temperature: float) -> Tensor:
     """Log-probabilities (U, V) from logits (R, keep, V), renormalised over the legal actions of each choice."""
+    if not temperature > 0:
+        raise UserError(f"temperature: got {temperature}; expected more than 0, since greedy has no probabilities")
     logits = logits.flatten(0, 1)[packed.outputs].float() / temperature
     return logits.index_put(packed.illegal, logits.new_tensor(-torch.inf)).log_softmax(-1)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import growth, measure, profile
-from benchmarks.cases import CASES, Case, Setting, Unfair, expect
+from benchmarks.cases import CASES, Case, Setting, Unfair, expect, expect_equal_gradients
 from benchmarks.measure import Comparison, Peaks, Timing, compare, peak
 from benchmarks.report import Result
 
@@ -146,15 +146,21 @@ def test_results_are_kept_when_a_later_case_breaks(
     ("main", "arguments", "said"),
     [
         (command.main, ["generat"], "no case generat; there are generate,"),
-        (command.main, ["--repeats", "1"], "got 1; expected a whole number, at least 2"),
-        (command.main, ["--batch", "0"], "got 0; expected a whole number, at least 1"),
-        (command.main, ["--actions", "many"], "got many; expected a whole number, at least 1"),
+        (command.main, ["--repeats", "1"], "got 1; expected a whole number from 2 to 1,000,000"),
+        (command.main, ["--batch", "0"], "got 0; expected a whole number from 1 to 1,000,000"),
+        (command.main, ["--actions", "many"], "got many; expected a whole number from 1"),
+        (command.main, ["--prompt", "9" * 30], "expected a whole number from 1"),
+        (command.main, ["--threads", "100000"], "expected a whole number from 0 to"),
+        (command.main, ["shared", "--batch", "6"], "--batch: got 6; expected a multiple of 8"),
+        (command.main, ["grpo", "--batch", "6"], "--batch: got 6; expected a multiple of 8"),
         (command.main, ["--out", "results.txt"], "got results.txt; expected a file that ends in .json"),
         (command.main, ["--out", "{folder}/file/a.json"], "name another file"),
-        (command.main, ["--out", "{folder}/folder.json"], "expected a file that ends in .json"),
+        (command.main, ["--out", "{folder}/folder.json"], "folder.json'; name another file"),
+        (command.main, ["--out", "/proc/results.json"], "name another file"),
         (growth.main, ["--out", "{folder}/picture.pdf"], "expected a file that ends in .png"),
-        (growth.main, ["--repeats", "1"], "at least 2"),
-        (profile.main, ["--repeats", "0"], "at least 1"),
+        (growth.main, ["--out", "{folder}/folder.png"], "folder.json'; name another file"),
+        (growth.main, ["--repeats", "1"], "from 2"),
+        (profile.main, ["--repeats", "0"], "from 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(
@@ -168,9 +174,33 @@ def test_bad_input_is_refused_before_anything_is_measured(
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
     assert run(monkeypatch, main, [argument.format(folder=tmp_path) for argument in arguments]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert said in " ".join("".join(capsys.readouterr()).split())
+    assert not (tmp_path / "folder.png").exists()
 
 
-def test_unfair_comparisons_are_refused() -> None:
-    with pytest.raises(Unfair, match="the batch is a multiple of 8"):
-        CASES["shared"].setup(Setting("1m", batch=6))
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_other_gradients_are_unfair(wrong: float) -> None:
+    model = torch.nn.Linear(2, 2)
+
+    def side(factor: float) -> Any:
+        def run() -> int:
+            model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.full((2,), factor)
+            return 1
+
+        return run
+
+    expect_equal_gradients(model, side(1.0), side(1.0))
+    with pytest.raises(Unfair, match="same gradients"):
+        expect_equal_gradients(model, side(1.0), side(wrong))
+
+
+def test_what_memory_has_no_room_for_is_left_out_in_one_line(
+    cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def large() -> int:
+        return torch.empty(2**60).numel()
+
+    monkeypatch.setitem(command.CASES, "large", Case("a", "b", 1.0, lambda setting: (large, large)))
+    assert run(monkeypatch, command.main, ["large", "last", "--repeats", 2, "--out", tmp_path / "a.json"]) == 1
+    assert list(json.loads((tmp_path / "a.json").read_text())["cases"]) == ["last"]
+    assert "large is left out:" in capsys.readouterr().out

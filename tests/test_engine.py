@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import naive
 import numpy as np
@@ -14,8 +15,10 @@ import scipy.stats
 import torch
 import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from rl_backspace import backbone, policy
+from rl_backspace.backbone import Backbone, _rounds_products
 from rl_backspace.controls import RandomDeletes
 from rl_backspace.engine import GREEDY, LARGE, Ahead, Engine, Sampling, _invert, draw
 from rl_backspace.errors import UserError
@@ -368,6 +371,73 @@ def test_refuses_a_window_shorter_than_the_sequence() -> None:
     assert engine.run([[3, 4]], Budget(answer=6, actions=30))
     with pytest.raises(UserError, match="limit is 8"):
         engine.run([[3, 4]], Budget(answer=7, actions=30))
+
+
+def test_refuses_a_sequence_longer_than_local_attention_sees() -> None:
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 8}
+    model = _random("GPTNeo", hidden_size=32, num_layers=2, num_heads=4, **kinds)  # type: ignore[arg-type]
+    engine = Engine(model.eval(), rules())
+    assert engine.run([[3, 4]], Budget(answer=6, actions=30))
+    with pytest.raises(UserError, match="limit is 8"):
+        engine.run([[3, 4]], Budget(answer=7, actions=30))
+
+
+def twice(*called: Any) -> Any:
+    called[-1].logits = 2 * called[-1].logits
+    return called[-1]
+
+
+def hooked(model: Any) -> Any:
+    model.register_forward_hook(twice)
+    return model
+
+
+def patched(model: Any) -> Any:
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: twice(forward(*args, **kwargs))
+    return model
+
+
+@pytest.mark.parametrize("change", [hooked, patched])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_refuses_a_change_of_logits_that_only_scoring_would_hear_of(change: Any, adapted: bool) -> None:
+    model: Any = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])) if adapted else tiny()
+    Engine(model, rules())
+    with pytest.raises(UserError, match="when it is called, gives other logits"):
+        Engine(change(model), rules())
+    harmless = tiny()
+    harmless.register_forward_hook(lambda *called: None)
+    Engine(harmless, rules())
+
+
+def test_rounding_by_autocast_is_no_wrong_model() -> None:
+    """Nor slower ever after."""
+    model = policy.load_base("countdown-1m")[0].float().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        Engine(model, rules())
+    assert not isinstance(Engine(model, rules()).backbone.fastest(8), Backbone)
+
+
+@pytest.mark.parametrize(("asked", "rounds"), [("tf32", True), ("ieee", False), ("none", False)])
+def test_whether_a_gpu_rounds_products_can_be_asked(asked: str, rounds: bool) -> None:
+    """Where torch's own question raises, since this was set and not everything else with it."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, asked
+    try:
+        assert _rounds_products(torch.device("cuda")) == rounds
+    finally:
+        products.fp32_precision = before
+    assert not _rounds_products(torch.device("cpu"))
+
+
+def test_a_model_that_is_refused_is_not_slow_ever_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "one_query_attention", lambda module, query, *rest, **more: (0 * query, None))
+        patch.setattr(backbone, "fuse", lambda *rest: None)
+        with pytest.raises(UserError, match="cannot rewind"):
+            Engine(model, rules())
+    assert not isinstance(Engine(model, rules()).backbone.fastest(8), Backbone)
 
 
 def test_refuses_frequencies_that_depend_on_the_batch() -> None:

@@ -476,8 +476,8 @@ def test_a_model_sees_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_got_an_adapter_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
-    three_ways = backbone._three_ways
-    monkeypatch.setattr(backbone, "_three_ways", lambda one: (checks.append(one), three_ways(one))[1])
+    four_ways = backbone._four_ways
+    monkeypatch.setattr(backbone, "_four_ways", lambda one: (checks.append(one), four_ways(one))[1])
     model, rules = tiny(), Rules({}, frozenset([EOS]))
     for _ in range(2):
         Engine(model, rules)

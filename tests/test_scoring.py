@@ -7,7 +7,8 @@ from conftest import DELETE, EOS, VOCAB, tiny
 
 from rl_backspace import scoring
 from rl_backspace.engine import Engine, Rollout, Sampling
-from rl_backspace.scoring import Packed, pack, score
+from rl_backspace.errors import UserError
+from rl_backspace.scoring import Packed, batched, pack, score
 from rl_backspace.semantics import Budget, IllegalAction, Rules
 
 WORDS = {DELETE: "token", DELETE - 1: 3, DELETE - 2: "answer"}
@@ -185,6 +186,18 @@ def test_masked_out_traces_are_left_out() -> None:
     real = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
     logps, entropy = score(tiny(), pack(ids, real, 2, played), entropy=True)
     assert logps.shape == (2, 2) and logps.isfinite().all() and entropy is not None
+
+
+def test_no_traces_too_few_columns_and_greedy_are_refused() -> None:
+    ids, real = batched([[5, 6]], [[7, 8]], 0)
+    rules = Rules({DELETE: "token"}, frozenset([EOS]))
+    with pytest.raises(UserError, match="expected rows of at least that many columns"):
+        pack(*batched([], [], 0), 0, rules)
+    with pytest.raises(UserError, match=r"got ids \(1, 4\) and 5 steps"):
+        pack(ids, real, 5, rules)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"temperature: got .*; expected more than 0"):
+            score(tiny(), pack(ids, real, 2, rules), temperature)
 
 
 def test_illegal_traces_are_refused() -> None:
