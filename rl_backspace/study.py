@@ -17,6 +17,7 @@ The results are written from config.yaml, summary.json and controls.json of each
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -702,11 +703,16 @@ def _training(pairs: Sequence[Pair], folder: Path) -> list[str]:
 
 def _is_checked(pair: Pair) -> bool:
     """Whether corrections ask the task which prefixes can come right."""
+    config = pair.config()
+    return config.warmup.labels == "prefixes" and _checks_prefixes(json.dumps(config.task.model_dump()), config.seed)
+
+
+@functools.cache  # experiments share tasks, whose rows take a second to make
+def _checks_prefixes(spec: str, seed: int) -> bool:
     from rl_backspace.plugins import load_task
 
-    config = pair.config()
-    task = load_task(config.task.model_dump(), config.seed)
-    return config.warmup.labels == "prefixes" and task.without_checks().alive is not task.alive
+    task = load_task(json.loads(spec), seed)
+    return task.without_checks().alive is not task.alive
 
 
 def _percent(value: Estimate, sign: str = "") -> str:

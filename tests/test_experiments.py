@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_backspace import study
+from rl_backspace import study, warmup
 from rl_backspace.config import override, parse, parse_pretrain, read_yaml
 from rl_backspace.experiment import prepare
 from rl_backspace.policy import EMBEDDED
@@ -24,6 +24,7 @@ SMALL = [
     "trainer.per_device_train_batch_size=16",
     "trainer.num_generations=4",
     "evaluation.rows=16",
+    "task.train=1000",
 ]
 
 
@@ -49,7 +50,9 @@ def test_embedded_models_are_small_and_can_be_made_again() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_runs_a_step(path: Path, tmp_path: Path) -> None:
+def test_runs_a_step(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "HELD_OUT", 8)
+    monkeypatch.setattr(warmup, "POOL", 32)
     content = read_yaml(path)
     override(content, SMALL)
     config = parse(content)
