@@ -32,6 +32,7 @@ from rl_backspace.errors import UserError
 from rl_backspace.fused import PART, Fused
 
 REST = "bookkeeping: machines, rows, results"
+ALONE = "matrix products alone"
 
 
 class Clock:
@@ -65,15 +66,13 @@ class Clock:
 
         return timed
 
-    def measure(self, side: Side, repeats: int) -> dict[str, float]:
-        """Seconds by part of one run of `side`, the mean of `repeats`."""
-        side()
+    def measure(self, side: Side) -> dict[str, float]:
+        """Seconds by part of one run of `side`."""
         self.spent.clear()
         self._last = time.thread_time()
-        for _ in range(repeats):
-            side()
+        side()
         self._turn()
-        return {part: seconds / repeats for part, seconds in self.spent.items()}
+        return dict(self.spent)
 
 
 def instrument() -> Clock:
@@ -132,6 +131,10 @@ def products(setting: Setting, typed: float) -> float:
     return time.thread_time() - started
 
 
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {part: statistics.median(took[part] for took in runs) for part in runs[0]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
     parser.add_argument("--repeats", type=at_least(1), default=10)
@@ -139,12 +142,25 @@ def main() -> int:
     given = parser.parse_args()
     if torch.cuda.is_available():
         raise UserError("the profile is of CPU time; put CUDA_VISIBLE_DEVICES= before the command")
-    repeats = given.repeats
     torch.set_num_threads(1)
     setting = Setting(given.size)
     sides = {key: CASES[key].setup(setting)[0] for key in ("generate", "recompute")}
-    clock = instrument()
-    spent = {key: clock.measure(side, repeats) for key, side in sides.items()}
+    shares, clock = dict(zip(sides, (0.0, setting.deletes), strict=True)), instrument()
+    runs: dict[str, list[dict[str, float]]] = {key: [] for key in sides}
+    for repeat in range(
+        1 + given.repeats
+    ):  # turn by turn, so that what else the machine does falls on all; one to warm up
+        for key, side in sides.items():
+            took = clock.measure(side)
+            with torch.inference_mode():
+                took[ALONE] = products(setting, setting.actions * (1 - shares[key]))
+            if repeat:
+                runs[key].append(took)
+    spent = {key: _medians(found) for key, found in runs.items()}
+    alone = {key: took.pop(ALONE) for key, took in spent.items()}
+    share = {
+        key: statistics.median(took[ALONE] / (sum(took.values()) - took[ALONE]) for took in runs[key]) for key in runs
+    }
     table = Table(title=f"{setting.size}: ms of {setting.batch} rollouts of {setting.actions} actions, 1 thread")
     table.add_column("part")
     for key in sides:
@@ -155,18 +171,11 @@ def main() -> int:
         table.add_row(part, *cells)
     table.add_section()
     table.add_row("all", *(f"{1000 * total:.0f}  (100%)" for total in totals.values()))
-    with torch.inference_mode():
-        alone = [
-            statistics.median(products(setting, setting.actions * (1 - share)) for _ in range(repeats))
-            for share in (0.0, setting.deletes)
-        ]
-    cells = [f"{1000 * took:.0f}  ({took / total:4.0%})" for took, total in zip(alone, totals.values(), strict=True)]
-    table.add_row("matrix products alone", *cells)
+    cells = [f"{1000 * took:.0f}  ({share[key]:4.0%})" for key, took in alone.items()]
+    table.add_row(ALONE, *cells)
     Console().print(table)
-    for took, total in zip(spent.values(), alone, strict=True):
-        took["matrix products alone"] = total
-    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "seconds": spent}
-    path = RESULTS / f"profile-{given.size}.json"
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "seconds": runs}
+    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{given.size}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
