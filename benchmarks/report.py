@@ -48,7 +48,7 @@ def writable(ends: str, beside: str = "") -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            for one in (file, file.with_suffix(beside or ends)):
+            for one in (file.resolve(), file.with_suffix(beside or ends).resolve()):
                 is_new = not one.exists()
                 one.open("a").close()
                 if is_new:

@@ -7,7 +7,6 @@ full attention over stored keys and values, and for nothing else: `check` says w
 from __future__ import annotations
 
 import copy
-import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -165,8 +164,6 @@ class Backbone:
         limits = [getattr(self.config, "max_position_embeddings", None)]
         if getattr(self.config, "sliding_window", None) and _slides(self.config):
             limits.append(self.config.sliding_window)
-        if "local" in (getattr(self.config, "attention_layers", None) or ()):  # GPT-Neo's
-            limits.append(self.config.window_size)
         for part in rotary(self.config):
             if part.get("rope_type") in ("longrope", "dynamic"):
                 # beyond this length its frequencies depend on the longest row of the batch
@@ -332,14 +329,26 @@ def check(backbone: Backbone) -> None:
     Raises:
         UserError: the two differ, or the model cannot be driven this way at all.
     """
-    name = type(backbone.causal).__name__
     causal = backbone.causal
     parts = frozenset(map(name_of, causal.modules())), len(settling(causal))  # an adapter may have come since
     changes = sum(map(_changes, backbone.model.modules()))
     rounded = causal.dtype != torch.float32 or _rounds_products(backbone.device)
     how = (causal.config._attn_implementation, causal.dtype, backbone.device, parts, changes, rounded)
-    if _passed.get(backbone.causal) == how:
+    if _passed.get(causal) == how:
         return
+    slower = [models for models in (_unfused, uncaptured) if causal not in models]
+    try:
+        _compare(backbone, rounded, slower)
+    except UserError:
+        for models in slower:  # slowly it was no better
+            models.discard(causal)
+        raise
+    _passed[causal] = how
+
+
+def _compare(backbone: Backbone, rounded: bool, slower: list[weakref.WeakSet[Any]]) -> None:
+    """Put the model into those of `slower` that it needs, or raise UserError where nothing helps."""
+    name = type(backbone.causal).__name__
 
     def gap(logits: Tensor, expected: Tensor) -> float:
         return (logits - expected).masked_fill(logits == expected, 0.0).abs().max().item()  # a model may ban tokens
@@ -349,33 +358,43 @@ def check(backbone: Backbone) -> None:
         largest = expected.masked_fill(expected.isinf(), 0.0).abs().max().item()
         return gap(logits, expected) <= allowed * max(1.0, largest)
 
+    def is_heard() -> bool:
+        """Whether what the model says when it is called, perhaps within accelerate's autocast, is what it is."""
+        if is_close(called, expected, rounded=True):
+            return True
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(backbone.device.type, dtype, cache_enabled=False):
+                if is_close(called, _from_scratch(backbone), rounded=True):
+                    return True
+        return False
+
     try:
         with torch.no_grad(), evaluating(backbone.causal):
-            rewound, packed, expected, called = _four_ways(backbone)
-            for slower in (_unfused, uncaptured):  # a function that its layers call may have been replaced
+            expected = _from_scratch(backbone)
+            rewound, packed = _both_ways(backbone)
+            for models in slower:  # a function that its layers call may have been replaced
                 if not is_close(rewound, expected) and is_close(packed, expected):
-                    slower.add(causal)
-                    rewound = _four_ways(backbone)[0]
-            if not is_close(rewound, expected):  # slowly neither
-                _unfused.discard(causal)
-                uncaptured.discard(causal)
+                    models.add(backbone.causal)
+                    rewound, _ = _both_ways(backbone)
+            called = _as_called(backbone)
+            well = is_close(rewound, expected) and is_close(packed, expected)
+            heard = well and is_heard()
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be driven with a rewinding cache and 4D masks: {reason}") from error
     if not (are_numbers(expected) and expected.isfinite().any()):
         raise UserError(NOT_NUMBERS)
-    if not (is_close(rewound, expected) and is_close(packed, expected)):
+    if not well:
         off = max(gap(logits, expected) for logits in (rewound, packed))
         raise UserError(
             f"{name} cannot rewind: after a delete its logits are off by {off:.2g}; use a full-attention model"
         )
-    if not is_close(called, expected, rounded=True):  # accelerate wraps it in autocast
+    if not heard:
         off = gap(called, expected)
         raise UserError(
             f"{name}, when it is called, gives other logits than its layers and head do (off by {off:.2g}): by a hook "
             "on it or a replaced forward, which rollouts would not hear of; take that out"
         )
-    _passed[backbone.causal] = how
 
 
 def _rounds_products(device: torch.device) -> bool:
@@ -384,7 +403,8 @@ def _rounds_products(device: torch.device) -> bool:
     tf32 = getattr(products, "fp32_precision", None) == "tf32" or (
         not hasattr(products, "fp32_precision") and products.allow_tf32
     )
-    return torch.is_autocast_enabled(device.type) or (device.type == "cuda" and tf32)
+    within = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return within or (device.type == "cuda" and tf32)
 
 
 def _changes(module: nn.Module) -> int:
@@ -392,15 +412,30 @@ def _changes(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
 
 
-def _four_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits (V,) after three tokens and another: rewound to from five, beside the deleted two, from scratch, and from
-    scratch by the model as it is called."""
+def _probe(backbone: Backbone) -> Tensor:
+    """Token ids (6,): five, and one that comes after the third when the fourth and fifth are deleted."""
+    return (torch.arange(1, 7, device=backbone.device) * 7919) % backbone.config.vocab_size
+
+
+def _from_scratch(backbone: Backbone) -> Tensor:
+    """Logits (V,) after four tokens by its class's own forward; accelerate wraps a model's in autocast."""
+    causal = backbone.causal
+    return type(causal).forward(causal, input_ids=_probe(backbone)[None, [0, 1, 2, 5]]).logits[0, -1].float()
+
+
+def _as_called(backbone: Backbone) -> Tensor:
+    """The same by the model as scoring calls it, with its hooks and adapters; not compiled, which takes its time."""
     model: Any = backbone.model
-    while not hasattr(model, "config") and hasattr(model, "module"):
+    while not isinstance(model, PreTrainedModel) and not isinstance(getattr(model, "peft_config", None), dict):
         model = model.module  # of several processes each asks by itself
-    backbone = backbone.for_a_run()
-    ids = (torch.arange(1, 7, device=backbone.device) * 7919) % backbone.config.vocab_size
-    forward = functools.partial(type(backbone.causal).forward, backbone.causal)  # accelerate wraps it in autocast
+    model = getattr(model, "_orig_mod", model)
+    with torch.compiler.set_stance("force_eager"):
+        return model._call_impl(input_ids=_probe(backbone)[None, [0, 1, 2, 5]]).logits[0, -1].float()
+
+
+def _both_ways(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """The same when two tokens were deleted before the last: rewound to from five, and beside the deleted two."""
+    backbone, ids = backbone.for_a_run(), _probe(backbone)
     network = backbone.fastest(capacity=5)
     _, prefilled = network.prefill(ids[None, :2])
     cache = PointerCache(prefilled, rows=1, capacity=5)
@@ -412,16 +447,14 @@ def _four_ways(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     del network, backbone.settled  # before PEFT makes its own
     beside = torch.ones(6, 6, dtype=torch.bool, device=ids.device).tril()
     beside[5, 3:5] = False  # the last token comes after the third, not after the deleted two
-    packed = forward(
+    packed = type(backbone.causal).forward(
+        backbone.causal,
         input_ids=ids[None],
         attention_mask=attention_mask(backbone.causal, beside[None, None]),
         position_ids=torch.tensor([[0, 1, 2, 3, 4, 3]], device=ids.device),
         use_cache=False,
-    ).logits[0, -1]
-    again = ids[None, [0, 1, 2, 5]]
-    expected = forward(input_ids=again).logits[0, -1]
-    called = model._call_impl(input_ids=again).logits[0, -1]  # with its hooks, but not compiled
-    return rewound, packed.float(), expected.float(), called.float()
+    )
+    return rewound, packed.logits[0, -1].float()
 
 
 def _refuse_by_config(causal: PreTrainedModel) -> None:
@@ -429,6 +462,7 @@ def _refuse_by_config(causal: PreTrainedModel) -> None:
     if causal.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder; deleting needs a decoder-only causal language model")
     state = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    state |= set(getattr(config, "attention_layers", None) or ()) - {"global"}  # GPT-Neo counts places in packed rows
     if state:
         kinds = ", ".join(sorted(state))
         raise UserError(f"{name} cannot rewind: its layers of type {kinds} are not full attention over all tokens")

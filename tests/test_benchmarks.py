@@ -69,7 +69,9 @@ def test_more_speed_and_less_memory_are_better(memory: bool, ratio: int, verdict
     assert Result(case, Peaks(ratio, 1) if memory else speed).verdict == verdict
 
 
-def test_the_peak_is_what_is_there_at_once() -> None:
+def test_the_peak_is_what_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # where these are not
+
     def apart() -> int:
         for _ in range(4):
             torch.zeros(1000)
