@@ -147,14 +147,12 @@ def main() -> int:
     sides = {key: CASES[key].setup(setting)[0] for key in ("generate", "recompute")}
     shares, clock = dict(zip(sides, (0.0, setting.deletes), strict=True)), instrument()
     runs: dict[str, list[dict[str, float]]] = {key: [] for key in sides}
-    for repeat in range(
-        1 + given.repeats
-    ):  # turn by turn, so that what else the machine does falls on all; one to warm up
+    for repeat in range(1 + given.repeats):  # turn by turn, so that what else the machine does falls on all
         for key, side in sides.items():
             took = clock.measure(side)
             with torch.inference_mode():
                 took[ALONE] = products(setting, setting.actions * (1 - shares[key]))
-            if repeat:
+            if repeat:  # the first one warms up
                 runs[key].append(took)
     spent = {key: _medians(found) for key, found in runs.items()}
     alone = {key: took.pop(ALONE) for key, took in spent.items()}
