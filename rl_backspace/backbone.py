@@ -323,11 +323,12 @@ def check(backbone: Backbone) -> None:
     """Refuse, with the reason, a model whose cache cannot rewind exactly or that cannot be scored packed.
 
     Types three tokens, rewinds two, types another, and compares with the same context computed from scratch
-    by the model's own forward; the same with the deleted tokens beside it in one masked sequence. Costs a
-    few forward passes on a handful of tokens.
+    by the model's own forward; the same with the deleted tokens beside it in one masked sequence; and with the
+    model as it is called, since scoring hears of hooks that rollouts pass over. Costs a few forward passes on a
+    handful of tokens.
 
     Raises:
-        UserError: the two differ, or the model cannot be driven this way at all.
+        UserError: they differ, or the model cannot be driven this way at all.
     """
     causal = backbone.causal
     parts = frozenset(map(name_of, causal.modules())), len(settling(causal))  # an adapter may have come since
