@@ -8,9 +8,7 @@ Deletes and skew have 4 and 8 times as many prompts as the batch has rows.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cases import Setting, cost_of_deletes, rollouts_without_deletes, skewed_rollouts
 from benchmarks.measure import Comparison, Side, compare
 from benchmarks.models import SIZES
-from benchmarks.report import at_least, machine, run, writable
+from benchmarks.report import at_least, machine, run, save, writable
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,13 @@ def main() -> int:
     torch.set_num_threads(1)
     path = given.out or RESULTS / f"growth-{given.size}.png"
     setting, found = Setting(given.size), dict[str, dict[str, list[float]]]()
-    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "microseconds": found}
     for name, axis in AXES.items():
         lines = found[name] = {"values": [], "ours": [], "peer": []}
         for value in track(axis.values, description=axis.label, transient=True):
             ours, peer = microseconds(compare(*axis.setup(setting, value), given.repeats))
             for key, number in (("values", value), ("ours", ours), ("peer", peer)):
                 lines[key].append(number)
-            path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            save({"microseconds": found}, path.with_suffix(".json"))
     where = machine()["device"] if torch.cuda.is_available() else f"1 thread, {machine()['cpu']}"
     draw(found, f"Rollouts of the {given.size} model, {where}", path)
     print(f"written to {path} and {path.with_suffix('.json')}")

@@ -7,7 +7,6 @@ inside it. Below them, what the matrix products alone would take.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -25,7 +24,7 @@ from benchmarks.__main__ import RESULTS
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import Side
 from benchmarks.models import SIZES
-from benchmarks.report import at_least, machine, run
+from benchmarks.report import at_least, run, save
 from rl_backspace.backbone import Backbone, PointerLayer
 from rl_backspace.engine import Engine, _Batch
 from rl_backspace.errors import UserError
@@ -172,9 +171,8 @@ def main() -> int:
     cells = [f"{1000 * took:.0f}  ({share[key]:4.0%})" for key, took in alone.items()]
     table.add_row(ALONE, *cells)
     Console().print(table)
-    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), "seconds": runs}
     path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-profile-{given.size}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save({"seconds": runs}, path)
     print(f"written to {path}")
     return 0
 

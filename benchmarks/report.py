@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.cases import Case, Setting
 from benchmarks.measure import Comparison, Peaks
 from rl_backspace.errors import UserError, one_line
+from rl_backspace.folder import atomically
 
 
 def at_least(least: int, most: int = 1_000_000) -> Callable[[str], int]:
@@ -66,8 +67,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
     except KeyboardInterrupt:
         code = 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # such as a full disk
+        print(f"error: {one_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         code = 2
     sys.exit(code)
 
@@ -123,8 +124,6 @@ def table(results: list[Result], setting: Setting, console: Console) -> None:
 def write(results: dict[str, Result], setting: Setting, path: Path) -> None:
     """Every repeat's work and seconds, the machine and the versions, as JSON."""
     content = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine(),
         "versions": {name: version(name) for name in ("rl-backspace", "torch", "transformers", "trl", "peft")},
         "setting": asdict(setting),
         "cases": {
@@ -139,8 +138,15 @@ def write(results: dict[str, Result], setting: Setting, path: Path) -> None:
             for key, result in results.items()
         },
     }
+    save(content, path)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """As JSON, with the time and the machine; whole or not at all."""
+    content = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine(), **content}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _measured(compared: Comparison | Peaks) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import torch
 import transformers
 from conftest import DELETE, EOS, VOCAB, tiny
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers.models.llama import modeling_llama
 
 from rl_backspace import backbone, policy
 from rl_backspace.backbone import Backbone, _rounds_products
@@ -445,21 +444,6 @@ def test_whether_a_gpu_rounds_products_can_be_asked(asked: str, rounds: bool) ->
     finally:
         products.fp32_precision = before
     assert not _rounds_products(torch.device("cpu"))
-
-
-def test_a_refusal_undoes_nothing_that_another_check_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return 3 * q * cos.unsqueeze(1), 3 * k
-
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn)
-    model: Any = tiny()
-    Engine(model, rules())
-    good = model.model.norm.weight.data.clone()
-    model.model.norm.weight.data.fill_(torch.nan)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="not numbers"):
-        Engine(model, rules())
-    model.model.norm.weight.data.copy_(good)
-    assert isinstance(Engine(model, rules()).backbone.fastest(8), Backbone)
 
 
 def test_a_model_that_is_refused_is_not_slow_ever_after(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from rl_backspace import backbone, fused, policy
 from rl_backspace.backbone import Backbone, PointerCache
 from rl_backspace.config import Lora
 from rl_backspace.engine import GREEDY, Engine
+from rl_backspace.errors import UserError
 from rl_backspace.fused import Settled, adapters_joined, fuse
 from rl_backspace.semantics import Budget, Rules
 
@@ -144,10 +145,11 @@ def test_a_patched_class_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fuse(model, 8) is None
 
 
-def test_a_replaced_function_is_found_by_the_engines_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return 3 * q * cos.unsqueeze(1), 3 * k
+def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return 3 * q * cos.unsqueeze(1), 3 * k
 
+
+def test_a_replaced_function_is_found_by_the_engines_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn)
     model, rules = tiny(), Rules({}, frozenset([1]))
     assert fuse(model, 8) is not None
@@ -155,6 +157,18 @@ def test_a_replaced_function_is_found_by_the_engines_check(monkeypatch: pytest.M
     assert isinstance(engine.backbone.fastest(8), Backbone)
     (ours,) = engine.run([[5, 6]], Budget(answer=8), GREEDY)
     assert ours.actions == naive.greedy(model, [5, 6], rules, Budget(answer=8)).history
+
+
+def test_a_refusal_undoes_nothing_that_another_check_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn)
+    model, rules = tiny(), Rules({}, frozenset([1]))
+    Engine(model, rules)
+    good = model.model.norm.weight.data.clone()
+    model.model.norm.weight.data.fill_(torch.nan)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="not numbers"):
+        Engine(model, rules)
+    model.model.norm.weight.data.copy_(good)
+    assert isinstance(Engine(model, rules).backbone.fastest(8), Backbone)
 
 
 @pytest.mark.parametrize(("name", "value"), [("scaling", 0.5), ("is_causal", False)])
