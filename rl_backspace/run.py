@@ -100,8 +100,11 @@ def _keep(policy: Policy, folder: RunFolder) -> str:
     """Save what was learned so far; where it is, or why it is not there."""
     try:
         publish(policy, folder)
-    except (UserError, OSError, SafetensorError) as error:
-        return f"the {folder.policy.name} could not be saved ({one_line(error)})"
+    except UserError as error:
+        return f"the {folder.policy.name} could not be saved ({error})"
+    except (OSError, SafetensorError) as error:
+        said = f"the {folder.policy.name} could not be saved to {folder.policy} ({one_line(error)})"
+        return f"{said}; make room there, or give --out another folder"
     return f"the {folder.policy.name} as it was is in {folder.policy}"
 
 

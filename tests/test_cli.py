@@ -21,7 +21,7 @@ import torch
 import transformers
 import yaml
 from checkpoints import CHARACTERS, checkpoint
-from commands import Result, call
+from commands import Result, call, full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -831,6 +831,17 @@ def test_a_reward_that_breaks_in_training_is_named_and_the_adapter_kept(
     assert "Traceback" not in result.err
     assert len(result.errors) == 1 and said in result.errors[0] and "mine.py:reward" in result.errors[0]
     assert load(here / "run" / "adapter").rules.deletes
+
+
+def test_a_disk_that_is_full_when_the_adapter_is_saved_is_one_line(here: Path, base: Path) -> None:
+    path = experiment(here, base, evaluation={"rows": 1})
+    with full_disk(8000):  # room for everything else
+        result = call("train", path, "--out", "run")
+    assert result.code == 2 and len(result.errors) == 1 and "Traceback" not in result.err
+    assert "could not be saved to run/adapter" in result.errors[0] and result.errors[0].endswith(
+        "make room there, or give --out another folder"
+    )
+    assert all(lines(here / "run" / "metrics.jsonl")) and not (here / "run" / "adapter").exists()
 
 
 def wandb_records(run: Path) -> list[Any]:

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,7 @@ import pytest
 import scipy.stats
 import yaml
 from checkpoints import checkpoint
-from commands import call
+from commands import call, full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -560,17 +559,6 @@ def test_a_sweep_can_be_extended(stand_in: list[str]) -> None:
     result = call("sweep", kept, "--out", "runs/s")
     assert result.code == 0 and "0 of 2 runs to do" in result.err
     assert (kept.read_bytes(), kept.stat().st_ino) == copied == (Path("s.yaml").read_bytes(), copied[1])
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """A disk on which no file grows."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(stand_in: list[str]) -> None:
