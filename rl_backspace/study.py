@@ -37,7 +37,7 @@ from rl_backspace.controls import TRIES
 from rl_backspace.errors import UserError, one_line
 from rl_backspace.experiment import WARMUP_DEFAULTS
 from rl_backspace.folder import atomically, is_run, refuse_existing
-from rl_backspace.sweep import claimed, is_config, is_finished, move_aside, resolve, run_all, tell
+from rl_backspace.sweep import Job, claimed, is_config, is_finished, move_aside, resolve, run_all, tell
 
 DECODINGS = ("sampled", "greedy")
 ARMS = {
@@ -112,6 +112,9 @@ class Pair:
 
     def command(self, out: Path, extra: Sequence[str] = ()) -> list[str]:
         return [sys.executable, "-m", "rl_backspace", "train", self.file, *self.arguments(extra), "--out", str(out)]
+
+    def twin_command(self, policy: Path, out: Path) -> list[str]:
+        return self.command(out, self.twin(policy))
 
     def twin(self, policy: Path) -> list[str]:
         """The overrides that make the twin of a policy that has run.
@@ -197,7 +200,8 @@ def _beside(pair: Pair, other: Pair | None) -> list[str]:
 def run_study(
     path: Path, out: Path | None, jobs: int, dry_run: bool, only: Sequence[str] = (), into: Path | None = None
 ) -> int:
-    """Run what is left of a study, seed by seed the policies and then their twins, and write what came out.
+    """Run what is left of a study, seed by seed the policies and then their twins, and write what came out. With more
+    jobs, whatever can start does.
 
     Args:
         only: experiments to run, with those whose twins they need; none: all. Those that are there are written, all.
@@ -232,17 +236,18 @@ def run_study(
     if dry_run:
         print(*dict.fromkeys(place for pair in wanted for place in pair.runs(folder)), sep="\n")
         return 0
-    failed, interrupted = False, False
+    failures, interrupted = dict[str, str](), False
     with claimed(folder) as lock:
         text = path.read_bytes()
         with atomically(folder / KEPT) as temporary:
             temporary.write_bytes(text)
         try:
-            for seed in study.seeds:
-                mine = [pair for pair in wanted if pair.seed == seed]
-                failed |= _run(mine, policies, {}, jobs, lock)
-                mine = [pair for pair in mine if pair.id in twins and is_finished(policies[pair.id])]
-                failed |= _run(mine, twins, policies, jobs, lock)
+            todo = _left(wanted, folder)
+            for job in todo.values():
+                move_aside(job.place)
+                job.place.parent.mkdir(exist_ok=True)
+            failures = run_all(todo, len({place for pair in wanted for place in pair.runs(folder)}), jobs, lock)
+            tell(failures, {id: job.place for id, job in todo.items()})
         except KeyboardInterrupt:
             print("interrupted; the same command does the others", file=sys.stderr)
             interrupted = True
@@ -259,7 +264,7 @@ def run_study(
             with atomically(into.resolve()) as temporary:
                 temporary.write_bytes(f"{before}{table.replace(chr(10), ends)}{after}".encode())
                 shutil.copymode(into, temporary)
-    return 130 if interrupted else int(failed)
+    return 130 if interrupted else int(bool(failures))
 
 
 def _between_marks(path: Path) -> tuple[str, str]:
@@ -286,18 +291,22 @@ def _chosen(study: Study, only: Sequence[str]) -> set[str]:
     return names | {twin for name in names if (twin := study.experiments[name].twin)}
 
 
-def _run(pairs: Sequence[Pair], places: Mapping[str, Path], policies: Mapping[str, Path], jobs: int, lock: int) -> bool:
-    """Run those that are not there; with `policies` they are their twins. Whether one failed, which is told."""
-    commands: dict[str, list[str]] = {}
-    for pair in pairs:
-        place, policy = places[pair.id], policies.get(pair.id)
-        if not _is_done(place, pair, policy):
-            move_aside(place)
-            place.parent.mkdir(exist_ok=True)
-            commands[pair.id] = pair.command(place, pair.twin(policy) if policy else [])
-    failures = run_all(commands, {pair.id: places[pair.id] for pair in pairs}, jobs, lock)
-    tell(failures, places)
-    return bool(failures)
+def _left(pairs: Sequence[Pair], folder: Path) -> dict[str, Job]:
+    """The runs that are not there, seed by seed the policies and then their twins."""
+    todo: dict[str, Job] = {}
+    for seed in dict.fromkeys(pair.seed for pair in pairs):
+        mine = [pair for pair in pairs if pair.seed == seed]
+        for pair in mine:
+            place, _ = pair.runs(folder)
+            if not is_finished(place):
+                todo[f"{pair.id}/policy"] = Job(place, functools.partial(pair.command, place))
+        for pair in mine:
+            policy, place = pair.runs(folder)
+            if pair.beside is None and not is_finished(place):
+                after = f"{pair.id}/policy"
+                command = functools.partial(pair.twin_command, policy, place)
+                todo[f"{pair.id}/twin"] = Job(place, command, after if after in todo else None)
+    return todo
 
 
 def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def run_sweep(
             move_aside(places[run.id])
         _say(f"{len(left)} of {len(sweep.runs)} runs to do in {folder}; what each prints is in {folder}/<run>.log")
         try:
-            commands = {run.id: sweep.command(run, places[run.id]) for run in left}
-            failures = run_all(commands, places, jobs, lock)
+            todo = {run.id: Job(places[run.id], partial(sweep.command, run, places[run.id])) for run in left}
+            failures = run_all(todo, len(places), jobs, lock)
         except KeyboardInterrupt:
             finished = sum(is_finished(place) for place in places.values())
             _say(f"interrupted: {finished} of {len(sweep.runs)} runs finished; the same command does the others")
@@ -289,32 +291,55 @@ def move_aside(place: Path) -> None:
     _say(f"{place}: did not finish before; moved to {target}, to run again")
 
 
-def run_all(commands: Mapping[str, list[str]], places: Mapping[str, Path], jobs: int, lock: int) -> dict[str, str]:
-    """Run these, `jobs` at a time; what each that failed said last, by id. Whatever ends this early ends the runs,
-    which save.
+@dataclass(frozen=True)
+class Job:
+    """A run that is left to do.
+
+    Attributes:
+        place: its folder.
+        command: asked for when it starts.
+        after: the id of the job that it needs; where that one fails, it is not run.
+    """
+
+    place: Path
+    command: Callable[[], list[str]]
+    after: str | None = None
+
+
+def run_all(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[str, str]:
+    """Run these, `jobs` at a time, each time the first that can start; what each that failed said last, by id.
+    Whatever ends this early ends the runs, which save.
 
     Args:
-        commands: by id, of those that are left of `places`, the runs' folders.
+        total: how many there are with those that are done already.
         lock: a file descriptor that they inherit.
     """
-    waiting, failures = list(commands), {}
+    waiting, failures = dict(todo), dict[str, str]()
     running: dict[str, Process] = {}
-    bar = tqdm(total=len(places), initial=len(places) - len(waiting), desc="runs", unit="run", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=total - len(todo), desc="runs", unit="run", dynamic_ncols=True)
     with _counted() as asked:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    id = waiting.pop(0)
+                for id in list(waiting):
+                    after = todo[id].after
+                    if len(running) == jobs:
+                        break
+                    if after in waiting or after in running:
+                        continue
+                    job = waiting.pop(id)
+                    if after in failures:
+                        bar.update()
+                        continue
                     try:
-                        running[id] = _start(commands[id], places[id], jobs, lock)
+                        running[id] = _start(job, jobs, lock)
                     except UserError as error:
                         failures[id] = str(error)
                         bar.update()
                 time.sleep(0.05)
                 for id in [id for id, (process, _) in running.items() if process.poll() is not None]:
                     process, start = running.pop(id)
-                    if not is_finished(places[id]):
-                        failures[id] = _last_words(_log(places[id]), start, process.returncode)
+                    if not is_finished(todo[id].place):
+                        failures[id] = _last_words(_log(todo[id].place), start, process.returncode)
                         bar.set_postfix(failed=len(failures), refresh=False)
                     bar.update()
                 if asked:
@@ -345,9 +370,10 @@ def _log(place: Path) -> Path:
     return place.with_name(f"{place.name}.log")
 
 
-def _start(command: list[str], place: Path, jobs: int, lock: int) -> Process:
+def _start(job: Job, jobs: int, lock: int) -> Process:
     """Raises UserError where the command cannot be started."""
-    with open(_log(place), "ab") as log:
+    command = job.command()
+    with open(_log(job.place), "ab") as log:
         start = log.tell()
         try:
             process = subprocess.Popen(
@@ -356,7 +382,7 @@ def _start(command: list[str], place: Path, jobs: int, lock: int) -> Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={
-                    "WANDB_RUN_GROUP": place.parent.name,
+                    "WANDB_RUN_GROUP": job.place.parent.name,
                     **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}),
                     **os.environ,
                 },

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from commands import call
 from rl_backspace import study
 from rl_backspace.config import dump
 from rl_backspace.study import ARMS, Pair, read, rows, verdicts
+from rl_backspace.sweep import Job, run_all
 
 EXPERIMENT = {
     "name": "small",
@@ -82,9 +85,12 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs are made up; what would have been run is noted."""
     noted: list[list[str]] = []
 
-    def run(commands: Mapping[str, list[str]], places: Mapping[str, Path], jobs: int, lock: int) -> dict[str, str]:
-        failures = {}
-        for id, command in commands.items():
+    def run(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[str, str]:
+        failures = dict[str, str]()
+        for id, job in todo.items():
+            if job.after in failures:
+                continue
+            command = job.command()
             noted.append(command)
             if stop and len(noted) > stop[0]:
                 raise KeyboardInterrupt
@@ -92,11 +98,11 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             content = [argument for argument in command[5:-2] if not argument.startswith("seed=")]
             seed = next(int(a.removeprefix("seed=")) for a in command if a.startswith("seed="))
             config = Pair("signs", seed, command[4], tuple(content)).config()
-            assert pair.file == "experiment.yaml" and command[-1] == str(places[id])
+            assert pair.file == "experiment.yaml" and command[-1] == str(job.place)
             if fail and fail[0] in command:
                 failures[id] = "it broke"
             else:
-                finish(places[id], config)
+                finish(job.place, config)
         return failures
 
     stop, fail = list[int](), list[str]()
@@ -192,10 +198,41 @@ def test_a_twin_of_other_steps_counts_if_it_was_trained_on_no_less(here: Path, r
         assert result.code == 2 and "signs-0/twin: made with another config" in result.err and len(runner) == 2
 
 
+JOB = """
+import pathlib, sys, time
+place, how, other = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+place.mkdir()
+until = time.time() + 60 * (how == "beside")
+while not other.exists() and time.time() < until:
+    time.sleep(0.05)
+if not other.exists():
+    sys.exit("it broke")
+(place / "summary.json").write_text("")
+"""
+
+
+def test_a_job_starts_beside_others_as_soon_as_what_it_needs_is_done(tmp_path: Path) -> None:
+    """The second policy beside the first, which ends only once that began; a twin after its own policy."""
+    todo = {}
+    for seed, how, other in ((0, "beside", "1/policy"), (1, "after", "0/policy"), (2, "after", "nothing")):
+        for id, arguments, after in (
+            (f"{seed}/policy", (how, other), None),
+            (f"{seed}/twin", ("after", f"{seed}/policy/summary.json"), f"{seed}/policy"),
+        ):
+            place = tmp_path / id
+            place.parent.mkdir(exist_ok=True)
+            command = [sys.executable, "-c", JOB, str(place), arguments[0], str(tmp_path / arguments[1])]
+            todo[id] = Job(place, partial(list, command), after)
+    with open(tmp_path / ".lock", "ab") as lock:
+        failures = run_all(todo, len(todo), 2, lock.fileno())
+    assert failures == {"2/policy": "it broke"}
+    assert not (tmp_path / "2" / "twin").exists()
+
+
 def test_a_run_that_fails_is_told_and_the_others_count(here: Path, runner: list[list[str]]) -> None:
     ENDS["fail"].append("seed=1")
     result = call("study", "study.yaml")
-    assert result.code == 1 and "failed: signs-1: it broke" in result.err
+    assert result.code == 1 and "failed: signs-1/policy: it broke" in result.err
     text = Path("runs/s/results.md").read_text()
     assert "signs, seeds 0, 2: trained" in text and "not counted: signs-1" in text
     with open("runs/s/results.csv") as stream:
