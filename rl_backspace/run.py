@@ -104,7 +104,7 @@ def _keep(policy: Policy, folder: RunFolder) -> str:
         return f"the {folder.policy.name} could not be saved ({error})"
     except (OSError, SafetensorError) as error:
         said = f"the {folder.policy.name} could not be saved to {folder.policy} ({one_line(error)})"
-        return f"{said}; make room there, or give --out another folder"
+        return f"{said}; mend that, or give --out another folder"
     return f"the {folder.policy.name} as it was is in {folder.policy}"
 
 

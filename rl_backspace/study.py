@@ -113,9 +113,6 @@ class Pair:
     def command(self, out: Path, extra: Sequence[str] = ()) -> list[str]:
         return [sys.executable, "-m", "rl_backspace", "train", self.file, *self.arguments(extra), "--out", str(out)]
 
-    def twin_command(self, policy: Path, out: Path) -> list[str]:
-        return self.command(out, self.twin(policy))
-
     def twin(self, policy: Path) -> list[str]:
         """The overrides that make the twin of a policy that has run.
 
@@ -238,19 +235,21 @@ def run_study(
         return 0
     failures, interrupted = dict[str, str](), False
     with claimed(folder) as lock:
+        todo = _left(wanted, folder)
         text = path.read_bytes()
         with atomically(folder / KEPT) as temporary:
             temporary.write_bytes(text)
         try:
-            todo = _left(wanted, folder)
             for job in todo.values():
                 move_aside(job.place)
                 job.place.parent.mkdir(exist_ok=True)
-            failures = run_all(todo, len({place for pair in wanted for place in pair.runs(folder)}), jobs, lock)
-            tell(failures, {id: job.place for id, job in todo.items()})
+            total = len({place for pair in wanted for place in pair.runs(folder)})
+            run_all(todo, total, jobs, lock, failures)
         except KeyboardInterrupt:
             print("interrupted; the same command does the others", file=sys.stderr)
             interrupted = True
+        finally:
+            tell(failures, {id: job.place for id, job in todo.items()})
     complete = [
         pair
         for pair in pairs
@@ -292,21 +291,37 @@ def _chosen(study: Study, only: Sequence[str]) -> set[str]:
 
 
 def _left(pairs: Sequence[Pair], folder: Path) -> dict[str, Job]:
-    """The runs that are not there, seed by seed the policies and then their twins."""
+    """The runs that are not there, seed by seed the policies and then their twins.
+
+    Raises:
+        UserError: another one is there, or what a policy left is not what its twin needs.
+    """
     todo: dict[str, Job] = {}
     for seed in dict.fromkeys(pair.seed for pair in pairs):
         mine = [pair for pair in pairs if pair.seed == seed]
         for pair in mine:
             place, _ = pair.runs(folder)
-            if not is_finished(place):
+            if not _is_done(place, pair):
                 todo[f"{pair.id}/policy"] = Job(place, functools.partial(pair.command, place))
         for pair in mine:
             policy, place = pair.runs(folder)
-            if pair.beside is None and not is_finished(place):
+            if pair.beside is None and not _is_done(place, pair, policy):
                 after = f"{pair.id}/policy"
-                command = functools.partial(pair.twin_command, policy, place)
+                command = functools.partial(_twin, pair, policy, place)
+                if after not in todo:
+                    command()  # refuses a policy that is not whole now, not after the other runs
                 todo[f"{pair.id}/twin"] = Job(place, command, after if after in todo else None)
     return todo
+
+
+def _twin(pair: Pair, policy: Path, place: Path) -> list[str]:
+    """The command of a policy's twin.
+
+    Raises:
+        UserError: the policy is not whole, or the experiment has changed since.
+    """
+    _is_done(policy, pair)
+    return pair.command(place, pair.twin(policy))
 
 
 def _is_done(place: Path, pair: Pair, policy: Path | None = None) -> bool:

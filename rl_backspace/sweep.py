@@ -57,6 +57,7 @@ def run_sweep(
         print(*(run.id for run in sweep.runs), sep="\n")
         _say(f"# ok: {len(sweep.runs)} runs, {len(done)} of them finished; would write {folder}")
         return 0
+    failures: dict[str, str] = {}
     with claimed(folder) as lock:
         places = _places(folder, sweep)
         left = [run for run in sweep.runs if run.id not in _finished(places, sweep, configs)]
@@ -66,8 +67,9 @@ def run_sweep(
         _say(f"{len(left)} of {len(sweep.runs)} runs to do in {folder}; what each prints is in {folder}/<run>.log")
         try:
             todo = {run.id: Job(places[run.id], partial(sweep.command, run, places[run.id])) for run in left}
-            failures = run_all(todo, len(places), jobs, lock)
+            run_all(todo, len(places), jobs, lock, failures)
         except KeyboardInterrupt:
+            tell(failures, places)
             finished = sum(is_finished(place) for place in places.values())
             _say(f"interrupted: {finished} of {len(sweep.runs)} runs finished; the same command does the others")
             return 130
@@ -306,15 +308,16 @@ class Job:
     after: str | None = None
 
 
-def run_all(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[str, str]:
-    """Run these, `jobs` at a time, each time the first that can start; what each that failed said last, by id.
-    Whatever ends this early ends the runs, which save.
+def run_all(todo: Mapping[str, Job], total: int, jobs: int, lock: int, failures: dict[str, str]) -> None:
+    """Run these, `jobs` at a time, each time the first that can start. Whatever ends this early ends the runs, which
+    save.
 
     Args:
         total: how many there are with those that are done already.
         lock: a file descriptor that they inherit.
+        failures: gets what each that failed said last, by id.
     """
-    waiting, failures = dict(todo), dict[str, str]()
+    waiting = dict(todo)
     running: dict[str, Process] = {}
     bar = tqdm(total=total, initial=total - len(todo), desc="runs", unit="run", dynamic_ncols=True)
     with _counted() as asked:
@@ -334,6 +337,7 @@ def run_all(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[s
                         running[id] = _start(job, jobs, lock)
                     except UserError as error:
                         failures[id] = str(error)
+                        bar.set_postfix(failed=len(failures), refresh=False)
                         bar.update()
                 time.sleep(0.05)
                 for id in [id for id, (process, _) in running.items() if process.poll() is not None]:
@@ -347,7 +351,6 @@ def run_all(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[s
         finally:
             bar.close()
             _end([process for process, _ in running.values()], asked)
-    return failures
 
 
 @contextlib.contextmanager
@@ -371,13 +374,12 @@ def _log(place: Path) -> Path:
 
 
 def _start(job: Job, jobs: int, lock: int) -> Process:
-    """Raises UserError where the command cannot be started."""
-    command = job.command()
+    """Raises UserError where there is no command or it cannot be started, which the log has too."""
     with open(_log(job.place), "ab") as log:
         start = log.tell()
         try:
             process = subprocess.Popen(
-                command,
+                job.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -389,8 +391,10 @@ def _start(job: Job, jobs: int, lock: int) -> Process:
                 pass_fds=[lock],
                 start_new_session=True,  # a Ctrl-C in the terminal reaches it once, from here
             )
-        except OSError as error:
-            raise UserError(one_line(error)) from error
+        except (UserError, OSError) as error:
+            said = str(error) if isinstance(error, UserError) else one_line(error)
+            log.write(f"error: {said}\n".encode())
+            raise UserError(said) from error
     return process, start
 
 

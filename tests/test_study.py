@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs are made up; what would have been run is noted."""
     noted: list[list[str]] = []
 
-    def run(todo: Mapping[str, Job], total: int, jobs: int, lock: int) -> dict[str, str]:
-        failures = dict[str, str]()
+    def run(todo: Mapping[str, Job], total: int, jobs: int, lock: int, failures: dict[str, str]) -> None:
         for id, job in todo.items():
             if job.after in failures:
                 continue
@@ -103,7 +103,6 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
                 failures[id] = "it broke"
             else:
                 finish(job.place, config)
-        return failures
 
     stop, fail = list[int](), list[str]()
     monkeypatch.setattr(study, "run_all", run)
@@ -212,9 +211,9 @@ if not other.exists():
 
 
 def test_a_job_starts_beside_others_as_soon_as_what_it_needs_is_done(tmp_path: Path) -> None:
-    """The second policy beside the first, which ends only once that began; a twin after its own policy."""
+    """Two policies beside each other, which end only once the other began; a twin after its own policy."""
     todo = {}
-    for seed, how, other in ((0, "beside", "1/policy"), (1, "after", "0/policy"), (2, "after", "nothing")):
+    for seed, how, other in ((0, "beside", "1/policy"), (1, "beside", "0/policy"), (2, "after", "nothing")):
         for id, arguments, after in (
             (f"{seed}/policy", (how, other), None),
             (f"{seed}/twin", ("after", f"{seed}/policy/summary.json"), f"{seed}/policy"),
@@ -223,8 +222,9 @@ def test_a_job_starts_beside_others_as_soon_as_what_it_needs_is_done(tmp_path: P
             place.parent.mkdir(exist_ok=True)
             command = [sys.executable, "-c", JOB, str(place), arguments[0], str(tmp_path / arguments[1])]
             todo[id] = Job(place, partial(list, command), after)
+    failures = dict[str, str]()
     with open(tmp_path / ".lock", "ab") as lock:
-        failures = run_all(todo, len(todo), 2, lock.fileno())
+        run_all(todo, len(todo), 2, lock.fileno(), failures)
     assert failures == {"2/policy": "it broke"}
     assert not (tmp_path / "2" / "twin").exists()
 
@@ -237,6 +237,13 @@ def test_a_run_that_fails_is_told_and_the_others_count(here: Path, runner: list[
     assert "signs, seeds 0, 2: trained" in text and "not counted: signs-1" in text
     with open("runs/s/results.csv") as stream:
         assert {row["seed"] for row in csv.DictReader(stream)} == {"0", "2"}
+
+
+def test_what_failed_is_told_where_ctrl_c_ends_the_others(here: Path, runner: list[list[str]]) -> None:
+    ENDS["fail"].append("seed=0")
+    ENDS["stop"].append(2)
+    result = call("study", "study.yaml")
+    assert result.code == 130 and "failed: signs-0/policy: it broke" in result.err and "interrupted" in result.err
 
 
 def test_the_results_are_what_the_runs_say(here: Path, runner: list[list[str]]) -> None:
@@ -502,6 +509,37 @@ def test_files_that_are_not_whole_are_told(
     result = call("study", "study.yaml")
     assert result.code == 2 and len(result.errors) == 1
     assert "runs/s/signs-0/" in result.errors[0] and ("not what `train` writes" in result.errors[0] or not content)
+
+
+def test_a_policy_that_is_not_whole_is_told_before_its_twin_or_anything_else_runs(
+    here: Path, runner: list[list[str]]
+) -> None:
+    write_study(seeds=[0])
+    call("study", "study.yaml")
+    shutil.rmtree("runs/s/signs-0/twin")
+    Path("runs/s/signs-0/policy/summary.json").write_text("{}")
+    write_study(seeds=[1, 0])
+    del runner[:]
+    result = call("study", "study.yaml")
+    assert result.code == 2 and len(result.errors) == 1 and not runner
+    assert "runs/s/signs-0/policy: summary.json is not what `train` writes" in result.errors[0]
+
+
+def test_what_another_process_finished_meanwhile_is_looked_at(
+    here: Path, runner: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_study(seeds=[0])
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[int]:
+        config = Pair("signs", 0, "experiment.yaml", ("trainer.max_steps=99",)).config()
+        for which in ("policy", "twin"):
+            finish(folder / "signs-0" / which, config)
+        yield 0
+
+    monkeypatch.setattr(study, "claimed", late)
+    result = call("study", "study.yaml")
+    assert result.code == 2 and "signs-0/policy: made with another config" in result.errors[0] and not runner
 
 
 def test_a_folder_of_something_else_is_left_alone(here: Path, runner: list[list[str]]) -> None:
