@@ -639,6 +639,7 @@ def table_of(found: Sequence[Verdict], missing: Sequence[str], changes: Mapping[
     """The table and how to read it, in Markdown; below it another one of what was changed in which experiment."""
     lines = [f"| task | decoding | {' | '.join(ARMS.values())} | errors |", f"|---|---|{'---:|' * (len(ARMS) + 1)}"]
     tasks = [one for one in found if one.experiment not in changes]
+    most = max(one.seeds for one in found)
     for one in tasks:
         cells = {arm: _percent(one.accuracy[arm]) for arm in ARMS}
         if one.beats:
@@ -648,7 +649,8 @@ def table_of(found: Sequence[Verdict], missing: Sequence[str], changes: Mapping[
         for arm in ("own_tries", "twin_tries"):
             cells[arm] += f" (n {one.n[arm].mean:.3g})"
         errors = "–" if one.errors is None else f"× {one.errors:.2f}"
-        lines.append(f"| {one.experiment} | {one.decoding} | {' | '.join(cells.values())} | {errors} |")
+        name = f"{one.experiment}{_of_seeds(one, most)}"
+        lines.append(f"| {name} | {one.decoding} | {' | '.join(cells.values())} | {errors} |")
     names = dict.fromkeys(one.experiment for one in tasks)
     won = [name for name in names if all(one.beats for one in tasks if one.experiment == name)]
     lines += [
@@ -674,12 +676,16 @@ def _changed(found: Sequence[Verdict], changes: Mapping[str, Change]) -> Iterato
         texts = {whole: f"{whole}, as above", **{n: f"{whole}, {c.text}" for n, c in changes.items() if c.of == whole}}
         for name, text in texts.items():
             sides = [of[name, how] for how in DECODINGS]
-            if sides[0].seeds < of[whole, DECODINGS[0]].seeds:
-                text += f" ({sides[0].seeds} of {of[whole, DECODINGS[0]].seeds} seeds)"
+            text += _of_seeds(sides[0], of[whole, DECODINGS[0]].seeds)
             accuracy = " | ".join(_percent(one.accuracy["policy"]) for one in sides)
             blocked = ", ".join(_percent(one.accuracy["blocked"]) for one in sides)
             deletes = ", ".join(f"{one.deletes['policy'].mean:.2f}" for one in sides)
             yield f"| {text} | {accuracy} | {blocked} | {deletes} |"
+
+
+def _of_seeds(one: Verdict, most: int) -> str:
+    """How many seeds there are of it, where there are more of others."""
+    return f" ({one.seeds} of {most} seeds)" if one.seeds < most else ""
 
 
 def details(found: Sequence[Verdict], pairs: Sequence[Pair], folder: Path) -> list[str]:

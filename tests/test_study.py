@@ -239,6 +239,14 @@ def test_a_run_that_fails_is_told_and_the_others_count(here: Path, runner: list[
         assert {row["seed"] for row in csv.DictReader(stream)} == {"0", "2"}
 
 
+def test_a_row_of_fewer_seeds_than_others_says_so(here: Path, runner: list[list[str]]) -> None:
+    write_study(experiments={"signs": {"config": "experiment.yaml"}, "other": {"config": "experiment.yaml"}})
+    ENDS["fail"].append("runs/s/other-1/policy")
+    assert call("study", "study.yaml").code == 1
+    text = Path("runs/s/results.md").read_text()
+    assert "| signs | greedy |" in text and "| other (2 of 3 seeds) | greedy |" in text
+
+
 def test_what_failed_is_told_where_ctrl_c_ends_the_others(here: Path, runner: list[list[str]]) -> None:
     ENDS["fail"].append("seed=0")
     ENDS["stop"].append(2)
