@@ -218,7 +218,7 @@ def find_base(model: str) -> tuple[str, str]:
     embedded = [path.parent.name for path in sorted(EMBEDDED.glob("*/config.json"))]
     source = str(EMBEDDED / model) if model in embedded else model
     advice = f"give an embedded model ({', '.join(embedded)}), a hub id or a local path"
-    hint = nearest(model, embedded)
+    hint = nearest(model, embedded) if "/" not in model else ""  # that may be a folder still to be made
     if not Path(source).exists() and (hint or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)):
         raise UserError(f"model: {model!r} is no folder{hint}; {advice}")
     return source, advice

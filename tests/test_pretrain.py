@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rl_backspace.config import PretrainConfig, parse_pretrain
 from rl_backspace.errors import UserError
-from rl_backspace.policy import load_base
+from rl_backspace.policy import find_base, load_base
 from rl_backspace.pretrain import pretrain
 
 
@@ -41,6 +41,7 @@ def test_it_learns_and_goes_on_from_what_was_learned(tmp_path: Path) -> None:
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model: .arith-2m. is no folder; did you mean"):
         pretrain(config(steps=1, model="arith-2m"), tmp_path / "out")
+    assert find_base("runs/arith-2m")[0] == "runs/arith-2m"  # which may be pretrained later
     with pytest.raises(UserError, match="layers: 'arith-1m' has a shape of its own; leave layers out"):
         config(model="arith-1m", layers=7)
 
