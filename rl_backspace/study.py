@@ -217,14 +217,13 @@ def run_study(
     folder = out or Path("runs") / study.name
     if not (folder / KEPT).is_file():
         refuse_existing(folder)
-    policies = {pair.id: pair.runs(folder)[0] for pair in pairs}
-    twins = {pair.id: pair.runs(folder)[1] for pair in pairs if pair.beside is None}
     others = set()  # of pairs that are not to run: made with another config, and so not counted
     for pair in pairs:
+        policy, twin = pair.runs(folder)
         try:
-            _is_done(policies[pair.id], pair)
+            _is_done(policy, pair)
             if pair.beside is None:
-                _is_done(twins[pair.id], pair, policies[pair.id])
+                _is_done(twin, pair, policy)
         except UserError:
             if pair.experiment in chosen:
                 raise
