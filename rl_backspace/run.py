@@ -92,7 +92,7 @@ def _keeping(policy: Policy, folder: RunFolder) -> Iterator[None]:
         kept = _keep(policy, folder)
         if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
             said = str(error) if isinstance(error, UserError) else one_line(error)
-            raise UserError(f"{said}; {kept}") from error
+            raise UserError(kept if said in kept else f"{said}; {kept}") from error
         raise
 
 

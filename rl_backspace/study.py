@@ -208,7 +208,8 @@ def run_study(
         The exit code: 1 where a run failed, 130 where Ctrl-C ended it.
 
     Raises:
-        UserError: mistakes in the file, an unknown experiment, a folder that holds something else, or no marks.
+        UserError: mistakes in the file, an unknown experiment, a folder that holds something else, no marks, or
+            results that cannot be written.
     """
     study, pairs = read(path)
     chosen = _chosen(study, only)
@@ -255,7 +256,11 @@ def run_study(
         if not others & {pair.id, f"{pair.beside}-{pair.seed}"} and all(map(is_finished, pair.runs(folder)))
     ]
     if complete:
-        table = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+        try:
+            table = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+        except OSError as error:
+            said = f"{folder}: the results could not be written: {one_line(error)}"
+            raise UserError(f"{said}; the runs are kept: mend that and give the same command again") from error
         if into is not None:
             before, after = _between_marks(into)
             ends = "\r\n" if before.endswith("\r\n") else "\n"

@@ -382,6 +382,16 @@ def test_results_can_be_written_from_small_files_alone(here: Path, runner: list[
     assert not runner and (here / "runs/s/results.md").read_text() == text
 
 
+def test_results_that_cannot_be_written_are_one_line_and_the_runs_are_kept(here: Path, runner: list[list[str]]) -> None:
+    (here / "runs/s/results.png").mkdir(parents=True)
+    (here / "runs/s/study.yaml").touch()
+    result = call("study", "study.yaml")
+    assert result.code == 2 and len(result.errors) == 1
+    assert "runs/s: the results could not be written: " in result.errors[0] and "results.png" in result.errors[0]
+    (here / "runs/s/results.png").rmdir()
+    assert call("study", "study.yaml").code == 0 and len(runner) == 6  # none of them again
+
+
 def test_the_table_goes_into_a_page_of_ones_own(here: Path, runner: list[list[str]]) -> None:
     Path("README.md").write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
     for _ in range(2):
