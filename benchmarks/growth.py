@@ -94,6 +94,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     path = given.out or RESULTS / f"growth-{given.size}.png"
+    part = path.with_suffix(".part.json")  # what Ctrl-C leaves, beside an earlier picture and its numbers
     setting, found = Setting(given.size), dict[str, dict[str, list[float]]]()
     for name, axis in AXES.items():
         lines = found[name] = {"values": [], "ours": [], "peer": []}
@@ -101,9 +102,10 @@ def main() -> int:
             ours, peer = microseconds(compare(*axis.setup(setting, value), given.repeats))
             for key, number in (("values", value), ("ours", ours), ("peer", peer)):
                 lines[key].append(number)
-            save({"microseconds": found}, path.with_suffix(".json"))
+            save({"microseconds": found}, part)
     where = machine()["device"] if torch.cuda.is_available() else f"1 thread, {machine()['cpu']}"
     draw(found, f"Rollouts of the {given.size} model, {where}", path)
+    part.replace(path.with_suffix(".json"))
     print(f"written to {path} and {path.with_suffix('.json')}")
     return 0
 

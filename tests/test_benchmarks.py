@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,30 @@ def test_results_are_kept_when_a_later_case_breaks(
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, command.main, ["first", "broken", "--repeats", 2, "--out", tmp_path / "a.json"])
     assert list(json.loads((tmp_path / "a.json").read_text())["cases"]) == ["first"]
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_half_a_picture_does_not_take_the_place_of_a_whole_one(
+    is_whole: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    points = iter(range(8 if is_whole else 5))
+
+    def compared(ours: Any, peer: Any, repeats: int) -> Comparison:
+        if next(points, None) is None:
+            raise KeyboardInterrupt
+        return Comparison(Timing([4], [1.0], [1.0]), Timing([2], [1.0], [1.0]))
+
+    axis = growth.Axis("rows", (4, 16), lambda setting, value: (lambda: 1, lambda: 1))
+    monkeypatch.setattr(growth, "AXES", dict.fromkeys(growth.AXES, axis))
+    monkeypatch.setattr(growth, "compare", compared)
+    found, part = tmp_path / "a.json", tmp_path / "a.part.json"
+    found.write_text("earlier")
+    with contextlib.nullcontext() if is_whole else pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, growth.main, ["--out", tmp_path / "a.png"])
+    assert (found.read_text() == "earlier") != is_whole and part.exists() != is_whole
+    lines = json.loads((found if is_whole else part).read_text())["microseconds"]
+    assert lines["batch"] == {"values": [4, 16], "ours": [250000.0] * 2, "peer": [500000.0] * 2}
+    assert len(lines) == (4 if is_whole else 3)
 
 
 @pytest.mark.parametrize(
