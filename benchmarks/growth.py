@@ -21,6 +21,9 @@ from benchmarks.cases import Setting, cost_of_deletes, rollouts_without_deletes,
 from benchmarks.measure import Comparison, Side, compare
 from benchmarks.models import SIZES
 from benchmarks.report import at_least, machine, run, save, writable
+from rl_backspace.folder import atomically
+
+PART = ".part.json"  # what Ctrl-C leaves, beside an earlier picture and its numbers
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,24 @@ def draw(found: dict[str, dict[str, list[float]]], title: str, path: Path) -> No
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False, fontsize=8)
         figure.axes[0].set_ylabel("µs per typed token")
-        figure.savefig(path, dpi=150)
+        with atomically(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    pairs, picture = at_least(2), writable(".png", beside=".json")
+    pairs, picture = at_least(2), writable(".png", ".json", PART)
     parser.add_argument("--repeats", type=pairs, default=5, help="measured pairs per point, at least 2 (default 5)")
     parser.add_argument("--size", choices=sorted(SIZES), default="1m")
-    parser.add_argument("--out", type=picture, help="PNG to write, with a JSON file beside it (default: in results/)")
+    parser.add_argument(
+        "--out",
+        type=picture,
+        help="PNG to write, and as .json its numbers; until then .part.json (default: in results/)",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     path = given.out or RESULTS / f"growth-{given.size}.png"
-    part = path.with_suffix(".part.json")  # what Ctrl-C leaves, beside an earlier picture and its numbers
+    part = path.with_suffix(PART)
     setting, found = Setting(given.size), dict[str, dict[str, list[float]]]()
     for name, axis in AXES.items():
         lines = found[name] = {"values": [], "ours": [], "peer": []}

@@ -39,9 +39,9 @@ def at_least(least: int, most: int = 1_000_000) -> Callable[[str], int]:
     return number
 
 
-def writable(ends: str, beside: str = "") -> Callable[[str], Path]:
-    """A file of the command line that can be written, so that no work is lost for it, and with `beside` another one
-    that ends so; in a folder that is there or was made."""
+def writable(ends: str, *beside: str) -> Callable[[str], Path]:
+    """A file of the command line that can be written, so that no work is lost for it, and beside it others that end
+    so; in a folder that is there or was made."""
 
     def path(text: str) -> Path:
         file = Path(text)
@@ -49,7 +49,7 @@ def writable(ends: str, beside: str = "") -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"got {text}; expected a file that ends in {ends}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            for one in (file.resolve(), file.with_suffix(beside or ends).resolve()):
+            for one in (file.resolve(), *(file.with_suffix(other).resolve() for other in beside)):
                 is_new = not one.exists()
                 one.open("a").close()
                 if is_new:

@@ -60,7 +60,7 @@ def train(
 
     parsed = _parse(config, context.args)
     from rl_backspace.experiment import prepare
-    from rl_backspace.folder import default_folder, policy_folder
+    from rl_backspace.folder import default_folder
 
     folder = out or default_folder(parsed)
     experiment = prepare(parsed, folder)
@@ -77,10 +77,9 @@ def train(
 
     try:
         run(experiment, folder)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         close_bars()
-        kept = policy_folder(folder, parsed)
-        typer.echo(f"interrupted: the {kept.name} as it was is in {kept}, its metrics beside it", err=True)
+        typer.echo(f"interrupted: {interrupt}" if interrupt.args else "interrupted", err=True)
         raise typer.Exit(130) from None
     finally:
         close_bars()

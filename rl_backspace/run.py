@@ -37,7 +37,8 @@ TRACES_PER_STEP = 8
 def train(experiment: Experiment, out: Path) -> Path:
     """Run the experiment; the run folder.
 
-    Whatever ends it early, what was learned is kept. Ctrl-C lets the current step end and raises KeyboardInterrupt.
+    Whatever ends it early, what was learned is kept. Ctrl-C lets the current step end and raises KeyboardInterrupt,
+    which says where that is, or why it could not be saved.
     """
     started = time.time()
     config, policy = experiment.config, experiment.policy
@@ -86,13 +87,12 @@ def _keeping(policy: Policy, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _keep(policy, folder)
-        raise
+        raise KeyboardInterrupt(_keep(policy, folder)) from None
     except Exception as error:  # a reward that raises, weights that diverge, a full disk
         kept = _keep(policy, folder)
         if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
             said = str(error) if isinstance(error, UserError) else one_line(error)
-            raise UserError(kept if said in kept else f"{said}; {kept}") from error
+            raise UserError(kept if f"({said})" in kept else f"{said}; {kept}") from error
         raise
 
 

@@ -256,18 +256,25 @@ def run_study(
         if not others & {pair.id, f"{pair.beside}-{pair.seed}"} and all(map(is_finished, pair.runs(folder)))
     ]
     if complete:
+        place = str(folder)
         try:
-            table = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+            table, page = write(complete, [pair.id for pair in pairs if pair not in complete], folder)
+            if into is not None:
+                place = f"--into {into}"
+                _insert(table, into)
         except OSError as error:
-            said = f"{folder}: the results could not be written: {one_line(error)}"
+            said = f"{place}: the results could not be written: {one_line(error)}"
             raise UserError(f"{said}; the runs are kept: mend that and give the same command again") from error
-        if into is not None:
-            before, after = _between_marks(into)
-            ends = "\r\n" if before.endswith("\r\n") else "\n"
-            with atomically(into.resolve()) as temporary:
-                temporary.write_bytes(f"{before}{table.replace(chr(10), ends)}{after}".encode())
-                shutil.copymode(into, temporary)
+        print(page)
     return 130 if interrupted else int(bool(failures))
+
+
+def _insert(table: str, page: Path) -> None:
+    before, after = _between_marks(page)
+    ends = "\r\n" if before.endswith("\r\n") else "\n"
+    with atomically(page.resolve()) as temporary:
+        temporary.write_bytes(f"{before}{table.replace(chr(10), ends)}{after}".encode())
+        shutil.copymode(page, temporary)
 
 
 def _between_marks(path: Path) -> tuple[str, str]:
@@ -575,15 +582,14 @@ def _over(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return Estimate.of([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
-    """results.csv, results.md and results.png in the study's folder, and the page on the terminal; its table."""
+def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> tuple[str, str]:
+    """results.csv, results.md and results.png in the study's folder; the page's table, and all of it."""
     from rl_backspace.picture import draw_study
 
     records = list(rows(pairs, folder))
     found = verdicts(records)
     table = table_of(found, missing, changes_of(pairs))
     text = "\n".join([table, *details(found, pairs, folder), ""])
-    print(text)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -600,7 +606,7 @@ def write(pairs: Sequence[Pair], missing: Sequence[str], folder: Path) -> str:
         }
         drawn = {experiment for experiment, _, _ in curves}
         draw_study([one for one in found if one.experiment in drawn], curves, temporary)
-    return table
+    return table, text
 
 
 @dataclass(frozen=True)

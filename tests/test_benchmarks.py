@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import __main__ as command
 from benchmarks import growth, measure, profile
@@ -145,11 +146,11 @@ def test_results_are_kept_when_a_later_case_breaks(
     assert list(json.loads((tmp_path / "a.json").read_text())["cases"]) == ["first"]
 
 
-@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("stops", ["measuring", "drawing", "never"])
 def test_half_a_picture_does_not_take_the_place_of_a_whole_one(
-    is_whole: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stops: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    points = iter(range(8 if is_whole else 5))
+    points, is_whole = iter(range(5 if stops == "measuring" else 8)), stops == "never"
 
     def compared(ours: Any, peer: Any, repeats: int) -> Comparison:
         if next(points, None) is None:
@@ -159,14 +160,23 @@ def test_half_a_picture_does_not_take_the_place_of_a_whole_one(
     axis = growth.Axis("rows", (4, 16), lambda setting, value: (lambda: 1, lambda: 1))
     monkeypatch.setattr(growth, "AXES", dict.fromkeys(growth.AXES, axis))
     monkeypatch.setattr(growth, "compare", compared)
-    found, part = tmp_path / "a.json", tmp_path / "a.part.json"
+    found, part, picture = tmp_path / "a.json", tmp_path / "a.part.json", tmp_path / "a.png"
     found.write_text("earlier")
+    picture.write_text("earlier")
+    if stops == "drawing":
+
+        def half(figure: Figure, file: Path, **options: Any) -> None:
+            file.write_text("half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Figure, "savefig", half)
     with contextlib.nullcontext() if is_whole else pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, growth.main, ["--out", tmp_path / "a.png"])
+        run(monkeypatch, growth.main, ["--out", picture])
+    assert (picture.read_bytes() == b"earlier") != is_whole
     assert (found.read_text() == "earlier") != is_whole and part.exists() != is_whole
     lines = json.loads((found if is_whole else part).read_text())["microseconds"]
     assert lines["batch"] == {"values": [4, 16], "ours": [250000.0] * 2, "peer": [500000.0] * 2}
-    assert len(lines) == (4 if is_whole else 3)
+    assert len(lines) == (3 if stops == "measuring" else 4)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +196,7 @@ def test_half_a_picture_does_not_take_the_place_of_a_whole_one(
         (command.main, ["--out", "/proc/results.json"], "name another file"),
         (growth.main, ["--out", "{folder}/picture.pdf"], "expected a file that ends in .png"),
         (growth.main, ["--out", "{folder}/folder.png"], "folder.json'; name another file"),
+        (growth.main, ["--out", "{folder}/half.png"], "half.part.json'; name another file"),
         (growth.main, ["--repeats", "1"], "from 2"),
         (profile.main, ["--repeats", "0"], "from 1"),
     ],
@@ -200,9 +211,10 @@ def test_bad_input_is_refused_before_anything_is_measured(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "half.part.json").mkdir()
     assert run(monkeypatch, main, [argument.format(folder=tmp_path) for argument in arguments]) == 2
     assert said in " ".join("".join(capsys.readouterr()).split())
-    assert not (tmp_path / "folder.png").exists()
+    assert not (tmp_path / "folder.png").exists() and not (tmp_path / "half.png").exists()
 
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])

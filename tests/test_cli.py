@@ -843,6 +843,22 @@ def test_a_disk_that_is_full_when_the_adapter_is_saved_is_one_line(here: Path, b
     assert all(lines(here / "run" / "metrics.jsonl")) and not (here / "run" / "adapter").exists()
 
 
+def test_an_interrupt_does_not_say_that_what_could_not_be_saved_is_there(
+    here: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rl_backspace.run.evaluate", stopped)
+    monkeypatch.setattr("rl_backspace.run.publish", full)
+    result = call("train", experiment(here, base, evaluation={"rows": 1}), "--out", "run")
+    assert result.code == 130 and "interrupted: the adapter could not be saved to run/adapter (" in result.err
+    assert "No space left" in result.err and "as it was" not in result.err
+
+
 def wandb_records(run: Path) -> list[Any]:
     """What a run's .wandb file holds, once all of it is there: wandb's own process writes on after the run's end."""
     (path,) = (run / "wandb").glob("offline-run-*/*.wandb")

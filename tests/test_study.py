@@ -389,7 +389,31 @@ def test_results_that_cannot_be_written_are_one_line_and_the_runs_are_kept(here:
     assert result.code == 2 and len(result.errors) == 1
     assert "runs/s: the results could not be written: " in result.errors[0] and "results.png" in result.errors[0]
     (here / "runs/s/results.png").rmdir()
+    Path("page.md").write_text("<!-- study -->\n<!-- /study -->\n")
+    Path(".page.md.tmp").mkdir()
+    result = call("study", "study.yaml", "--into", "page.md")
+    assert result.code == 2 and len(result.errors) == 1
+    assert "--into page.md: the results could not be written: " in result.errors[0]
     assert call("study", "study.yaml").code == 0 and len(runner) == 6  # none of them again
+
+
+def test_results_are_written_where_nobody_reads_what_is_printed(
+    here: Path, runner: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("study", "study.yaml")
+    shutil.copy("runs/s/results.md", "earlier.md")
+    for file in Path("runs/s").glob("results.*"):
+        file.unlink()
+
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    result = call("study", "study.yaml")
+    assert result.code == 2 and "could not be written" not in result.err
+    assert (
+        Path("runs/s/results.md").read_text() == Path("earlier.md").read_text() and Path("runs/s/results.png").exists()
+    )
 
 
 def test_the_table_goes_into_a_page_of_ones_own(here: Path, runner: list[list[str]]) -> None:
