@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.cases import Case, Setting
 from benchmarks.measure import Comparison, Peaks
-from rl_backspace.errors import UserError, one_line
+from rl_backspace.errors import UserError, one_line, words
 from rl_backspace.folder import atomically
 
 
@@ -68,7 +68,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except (UserError, OSError) as error:  # such as a full disk
-        print(f"error: {one_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        print(f"error: {words(error)}", file=sys.stderr)
         code = 2
     sys.exit(code)
 

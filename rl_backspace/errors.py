@@ -26,3 +26,8 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's name and all that it says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+
+
+def words(error: BaseException) -> str:
+    """What the command line says of an exception: a `UserError`'s own lines, another one's name and words on one."""
+    return str(error) if isinstance(error, UserError) else one_line(error)

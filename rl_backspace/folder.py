@@ -51,7 +51,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(dump(config), encoding="utf-8")
-            folder = cls(path, policy_folder(path, config))
+            folder = cls(path, path / ("model" if config.lora is None else "adapter"))
             versions = {name: version(name) for name in PACKAGES}
             machine = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
             folder._write("versions.json", {"packages": versions, **machine, "seed": config.seed})
@@ -196,11 +196,6 @@ def _by_agent() -> bool:
 def is_run(path: Path) -> bool:
     """Whether a run was begun there."""
     return (path / "config.yaml").is_file()
-
-
-def policy_folder(run: Path, config: Config) -> Path:
-    """Where a run saves its policy: an adapter, or the whole model where all of it is trained."""
-    return run / ("model" if config.lora is None else "adapter")
 
 
 def refuse_existing(path: Path, how: str = " with --out") -> None:

@@ -19,7 +19,7 @@ from rl_backspace.callbacks import Progress, StopOnInterrupt
 from rl_backspace.controls import examine
 from rl_backspace.display import console, detector_table, last_message, results_table, strike, trace_record
 from rl_backspace.engine import Engine, Rollout
-from rl_backspace.errors import UserError, one_line
+from rl_backspace.errors import UserError, one_line, words
 from rl_backspace.evaluate import evaluate, is_right
 from rl_backspace.experiment import REFUSALS, Experiment
 from rl_backspace.export import publish, write_card
@@ -91,7 +91,7 @@ def _keeping(policy: Policy, folder: RunFolder) -> Iterator[None]:
     except Exception as error:  # a reward that raises, weights that diverge, a full disk
         kept = _keep(policy, folder)
         if isinstance(error, (UserError, OSError, SafetensorError, *REFUSALS)):
-            said = str(error) if isinstance(error, UserError) else one_line(error)
+            said = words(error)
             raise UserError(kept if f"({said})" in kept else f"{said}; {kept}") from error
         raise
 

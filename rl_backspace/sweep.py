@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rl_backspace.config import Config, override, parse, read_yaml
-from rl_backspace.errors import UserError, one_line
+from rl_backspace.errors import UserError, words
 from rl_backspace.sweep_file import ARGS, Run, Sweep, arguments, names_in, read
 
 LOCK, KEPT = ".lock", "sweep.yaml"
@@ -392,9 +392,8 @@ def _start(job: Job, jobs: int, lock: int) -> Process:
                 start_new_session=True,  # a Ctrl-C in the terminal reaches it once, from here
             )
         except (UserError, OSError) as error:
-            said = str(error) if isinstance(error, UserError) else one_line(error)
-            log.write(f"error: {said}\n".encode())
-            raise UserError(said) from error
+            log.write(f"error: {words(error)}\n".encode())
+            raise UserError(words(error)) from error
     return process, start
 
 

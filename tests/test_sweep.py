@@ -852,8 +852,9 @@ def test_wandbs_agent_starts_the_same_run(here: Path, monkeypatch: pytest.Monkey
 def test_the_sweeps_that_come_with_it_can_run(path: Path, here: Path) -> None:
     """Once the runs are there that they go on from."""
     shutil.copytree(SWEEPS.parent, "experiments")
-    for error in call("sweep", f"experiments/sweeps/{path.name}", "--dry-run").errors:
-        assert "there is no run runs/warm-" in error
+    if "runs/warm-" in path.read_text():
+        for error in refused(f"experiments/sweeps/{path.name}"):
+            assert "there is no run runs/warm-" in error
     for seed in range(3):
         (here / f"runs/warm-{seed}/adapter").mkdir(parents=True)
         (here / f"runs/warm-{seed}/config.yaml").touch()
